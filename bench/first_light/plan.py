@@ -47,7 +47,7 @@ _BATCH, _SEQLEN, _HEADS = 2, 300, 2
 _REHEARSED_SEQLEN = 24
 _PAGE_SIZE = 16
 _TILE = 176
-_BEST = 5
+_BEST = 2
 _FRAMEWORKS = {"torch": "tests/gpu/test_torch.py", "jax": "tests/gpu/test_jax.py"}
 
 # Seconds on a GPU: of one instruction that is compiled for it and of one that is compiled ahead,
@@ -80,6 +80,7 @@ def steps(cases: Iterable[Any], limits: Architecture, rehearsal: bool) -> list[d
         *_decode(limits, rehearsal),
         *_frameworks(),
         *_predictions(),
+        *_question_of_clusters(limits),
     ]
     return [_small(step) for step in found] if rehearsal else found
 
@@ -277,6 +278,19 @@ def _order_of_dq(point: Point, config: Any) -> dict:
     return _question(title, point, labels)
 
 
+def _question_of_clusters(limits: Architecture) -> list[dict]:
+    """Clusters where the model likes them most. The last step: blocks that wait may hang."""
+    if not _is_hopper(limits):
+        return []
+    config = static.choose_config("forward", static.traits_of(_DTYPE, 256), limits)
+    labels = {
+        _name(config): "as today",
+        _name(replace(config, cluster=2)): "clusters of two blocks",
+    }
+    point = _grid_point(256, 16384, False, "question")
+    return [_question("cluster at head_dim 256", point, labels, known=0)]
+
+
 def _question(title: str, point: Point, labels: dict[str, str], known: int = 1) -> dict:
     """As `_timed`: today's choice, the first of the labels, was timed among the headlines."""
     return _timed(QUESTIONS, point, list(labels), title, known, labels=labels)
@@ -323,7 +337,7 @@ def _predictions() -> list[dict]:
         problem = str(ProblemClass("forward", traits, mask, *sizes))
         seconds = _CANDIDATES_S + _POINT_S + _BEST * _CONFIG_S
         what = {"class": problem, "count": _BEST, "point": point.as_dict()}
-        found.append(_step(TUNER, f"five best of {problem}", seconds, "predicted", **what))
+        found.append(_step(TUNER, f"{_BEST} best of {problem}", seconds, "predicted", **what))
     return found
 
 

@@ -215,7 +215,7 @@ def _tensor_maps(request: Request, config, geometry: Geometry) -> Mapping[str, M
     tensors = request.tensors
     # Float32 is written without bulk copies: the map is that of any tensor, and never used.
     out = "q" if geometry.num_splits > 1 or request.traits.float32_out else "out"
-    of_queries, of_keys, rows = TensorLayout.of_queries, TensorLayout.of_keys, config.stage_n
+    of_queries, of_keys, rows = TensorLayout.of_queries, TensorLayout.of_keys, config.box_n
     if request.problem.lengths is not None:
         of_queries, of_keys = TensorLayout.of_ragged_queries, TensorLayout.of_ragged_keys
     if request.problem.pages is not None:
@@ -224,7 +224,7 @@ def _tensor_maps(request: Request, config, geometry: Geometry) -> Mapping[str, M
         "q": of_queries(tensors["q"], geometry.pack),
         "out": of_queries(tensors[out], geometry.pack),
         "k": of_keys(tensors["k"], rows),
-        "v": TensorLayout.of_transposed_values(tensors["v"])
+        "v": TensorLayout.of_transposed_values(tensors["v"], config.cluster)
         if request.traits.fp8
         else of_keys(tensors["v"], rows),
     }

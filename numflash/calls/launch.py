@@ -272,7 +272,7 @@ class SimulatedLaunch:
         args = [assembled(annotation, values) for annotation in kernel.parameters.values()]
         geometry = self.num_blocks, kernel.num_threads
         run = simulator.launch
-        extents = *geometry, args, kernel.smem_bytes, self.blocks_per_sm
+        extents = *geometry, args, kernel.smem_bytes, self.blocks_per_sm, kernel.cluster
         return lambda stream: run(kernel.function, *extents)
 
 

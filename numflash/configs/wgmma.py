@@ -5,8 +5,8 @@ warps that multiply, stages, and the switches that are on. `x8`, `-h4` and `-pac
 `configs.mma`, `b2` where two blocks share an SM; with `-v3` V has 3 stages; `-r232` gives the
 warps that multiply 232 registers a thread instead of the usual; with `-a1` one thread arrives for
 a warpgroup; with `-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with
-`-fixed`, which comes last, warps keep the registers that they begin with. Those on 8-bit floats
-begin with `fp8-sm90-`.
+`-c2` two blocks fetch K and V for each other; with `-fixed`, which comes last, warps keep the
+registers that they begin with. Those on 8-bit floats begin with `fp8-sm90-`.
 """
 
 from dataclasses import dataclass, replace
@@ -29,6 +29,8 @@ SLAB_BYTES = 128
 _REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 232), (2, 1): (24, 240), (3, 1): (32, 160)}
 # Registers a thread of warps that fetch the scales of keys.
 _ASSISTANTS_REGISTERS = 40
+# Of blocks in clusters: the thread that copies for both does not do with 24, by compiling.
+_CLUSTER_REGISTERS = _REGISTERS | {(2, 1): (40, 232)}
 # Registers of each of 256 threads where one block has an SM and no thread gives any away.
 _EVEN_REGISTERS = 256
 _PRODUCER_THREADS = 128
@@ -40,6 +42,7 @@ _SCALES_OF_A_KEY = 3
 _MAX_SMEM_BYTES = architecture("sm_90a").max_smem_per_block
 _ARRIVALS = (1, 4)
 _L2_BYTES = (128, 256)
+_CLUSTERS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Sm90ForwardConfig(MmaForwardConfig):
             another warp's product read it (`kernels.wgmma.channels.make_channel`).
         l2_bytes: bytes that the L2 cache fetches at once for a bulk copy: 256 or 128. It is an
             argument of the tensor maps, so that the machine code is the same.
+        cluster: blocks that are neighbours and see the same keys: 1, or 2 of which each fetches
+            half of K and V for both.
         fixed: warps keep the registers that they begin with, without `setmaxnreg`. Only for one
             warpgroup that multiplies and one block an SM: threads have 256 each then.
     """
@@ -72,6 +77,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
     consumer_registers: int = number("-r", 0)
     arrivals: int = number("-a", 4)
     l2_bytes: int = number("-l", 256)
+    cluster: int = number("-c", 1)
     overlap: bool = switch("overlap")
     pingpong: bool = switch("pingpong")
     persistent: bool = switch("persistent")
@@ -108,6 +114,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
                 f"{type(self).__name__} {self}: with fixed registers there is no choice of "
                 f"consumer_registers, got {self.consumer_registers}"
             )
+        if self.consumer_registers == self._usual_registers[1]:
+            raise ValueError(
+                f"{type(self).__name__} {self}: {self.consumer_registers} is the usual number of "
+                "consumer_registers; leave it out"
+            )
         few, many = self.registers
         if not self.fixed and (many % 8 or not 24 <= few < many <= 256):
             raise ValueError(
@@ -128,6 +139,10 @@ class Sm90ForwardConfig(MmaForwardConfig):
             raise ValueError(
                 f"{type(self).__name__} {self}: the L2 cache fetches 128 or 256 bytes, "
                 f"not {self.l2_bytes}"
+            )
+        if self.cluster not in _CLUSTERS:
+            raise ValueError(
+                f"{type(self).__name__} {self}: a cluster has 1 block or 2, not {self.cluster}"
             )
 
     @property
@@ -151,11 +166,21 @@ class Sm90ForwardConfig(MmaForwardConfig):
         return 64
 
     @property
+    def block_rows(self) -> int:
+        """Rows of the output that one block computes, or the blocks of a cluster together."""
+        return self.cluster * self.tile_m
+
+    @property
+    def box_n(self) -> int:
+        """Rows of K and V that a block fetches at once: its share of a stage."""
+        return self.stage_n // self.cluster
+
+    @property
     def registers(self) -> tuple[int, int]:
         """Registers a thread of the warpgroup that copies, and of those that multiply."""
         if self.fixed:
             return _EVEN_REGISTERS, _EVEN_REGISTERS
-        usual = _REGISTERS[self.num_warpgroups, self.min_blocks_per_sm]
+        usual = self._usual_registers
         if not self.consumer_registers:
             return usual
         pool = usual[0] + usual[1] * self.num_warpgroups
@@ -171,6 +196,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
         return few + less * self.num_warpgroups, many - less
 
     @property
+    def _usual_registers(self) -> tuple[int, int]:
+        found = _REGISTERS if self.cluster == 1 else _CLUSTER_REGISTERS
+        return found[self.num_warpgroups, self.min_blocks_per_sm]
+
+    @property
     def min_blocks_per_sm(self) -> int:
         """Blocks an SM must have registers for; `setmaxnreg` needs it said."""
         return max(1, self.min_blocks)
@@ -179,7 +209,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
         """Why it cannot be built for these traits; None if it can."""
         if traits.ragged and self.num_splits > 1:
             return "of sequences with lengths of their own it stores whole results, and no parts"
-        return super().misfit(traits)
+        return super().misfit(traits) or traits.torn(self.block_rows, self.stage_n)
 
     @property
     def compiled(self) -> "Sm90ForwardConfig":

@@ -11,7 +11,7 @@ class SharedAddresses:
 
     def __init__(self, warp, addresses, type_, size: int):
         self.array, self.addresses, self.size = warp.block.shared_as(type_), addresses, size
-        self.region = warp.memory.shared
+        self.region, self.window = warp.memory.shared, warp.block.window
 
     def __getitem__(self, lane):
         return self.array
@@ -28,7 +28,7 @@ class SharedAddresses:
                 raise IndexError(
                     f"shared address {address:#x} lies outside the block's {self.region}"
                 )
-        return addresses // self.size
+        return (addresses - self.window) // self.size
 
 
 class GlobalAddress:

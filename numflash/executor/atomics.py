@@ -34,9 +34,10 @@ def make_atomic(statement, program):
         because = f": .{wrong[0]}" if wrong else ""
         raise UnknownError(f"the executor does not know {statement.opcode}{because}")
     dtype, function = reduction(name, type_, "noftz" in parts)
-    space = next((part.split("::")[0] for part in parts if part in _SPACES), "generic")
+    space = next((p.removesuffix("::cta") for p in parts if p in _SPACES), "generic")
     vector = next((int(part[1]) for part in parts if part in _VECTORS), 1)
-    if vector > 1 and (space == "shared" or TYPE_BYTES[type_] * vector > 16 or dtype.kind in "iu"):
+    in_shared, too_many = space.startswith("shared"), TYPE_BYTES[type_] * vector > 16
+    if vector > 1 and (in_shared or too_many or dtype.kind in "iu"):
         raise UnknownError(f"there is no {statement.opcode}: vectors are floats in global memory")
     has_result, has_policy = head == "atom", "L2::cache_hint" in parts
     check_operands(statement, has_result + 2 + (name == "cas") + has_policy)

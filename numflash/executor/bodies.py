@@ -96,8 +96,8 @@ def read_template(instruction: Instruction) -> Template | None:
 def plain(opcode: str, operands: tuple) -> tuple[str, tuple]:
     """An opcode and its operands without hints and defaults, and with one name for shared memory.
 
-    Caches change no result, a bulk copy is one of tiles unless it says otherwise, and the shared
-    memory of a cluster of one block is the block's.
+    Caches change no result, a bulk copy is one of tiles unless it says otherwise, and of the
+    cluster's shared memory bodies reach the block's own.
     """
     parts = opcode.split(".")
     if "L2::cache_hint" in parts:

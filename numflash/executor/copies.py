@@ -6,12 +6,11 @@ hints, as `bodies.plain` gives it.
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
 from numflash.executor.addresses import GlobalAddress, SharedAddresses, TensorMaps
-from numflash.executor.bodies import body_operation, lingering, plain
+from numflash.executor.bodies import lingering, plain
 from numflash.executor.operands import address_reader, reader, shared_address_reader
 from numflash.executor.reductions import reduction
 from numflash.executor.text import (
@@ -26,8 +25,8 @@ from numflash.executor.text import (
 from numflash.ptx.async_copies import copy
 from numflash.simulator.async_copies import AsyncCopies
 from numflash.simulator.bulk_copies import BulkCopies, Span
+from numflash.simulator.clusters import Member
 from numflash.simulator.engine import become
-from numflash.simulator.errors import SimulationError
 
 _SIZES = {"ca": (4, 8, 16), "cg": (16,)}
 
@@ -145,7 +144,8 @@ def _make_bulk_reduction(statement, operands, matched, program, hints):
         def lane_does(lane):
             address = GlobalAddress(warp.memory, targets[lane])
             span = Span(address.block(0, int(sizes[lane]), 16, "none"), dtype)
-            copies.store(span, (), warp.block.shared.bytes, sources[lane], combine)
+            source = warp.block.offset(sources[lane])
+            copies.store(span, (), warp.block.shared.bytes, source, combine)
 
         return lane_does
 
@@ -187,37 +187,51 @@ def _make_tensor_store(statement, operands, matched, program, hints):
                 if type_ is None:
                     raise UnknownError(f"a reduction of {maps[lane].layout.dtype}")
                 _, combine = reduction(matched[2], type_, type_ != "f32")
-            copies.store(
-                maps[lane], coordinates[lane], warp.block.shared.bytes, sources[lane], combine
-            )
+            source = warp.block.offset(sources[lane])
+            copies.store(maps[lane], coordinates[lane], warp.block.shared.bytes, source, combine)
 
         return lane_does
 
     return _lane_by_lane(lanes_do)
 
 
-def _make_tensor_load(statement, operands, matched, program, hints):
-    """A load of one dimension, which numflash has no instruction for."""
-    check_operands(statement, 3 + hints)
-    target, tensor_map, barrier = operands
-    _check_coordinates(statement, tensor_map, 1)
-    targets_of, maps_of = (
-        shared_address_reader(program, target),
-        address_reader(program, tensor_map),
-    )
-    barriers_of = shared_address_reader(program, barrier)
-    coordinate_of = reader(program, tensor_map.coordinates[0], "s32")
+def _make_load(statement, operands, matched, program, hints):
+    """A load to several blocks of the cluster, or of one dimension.
+
+    Operands: where to, a tensor map with coordinates or an address and a size, the mbarrier, and
+    the mask of the blocks.
+    """
+    rank, multicasts = int(matched[1] or 0), bool(matched[2])
+    check_operands(statement, 3 + (not rank) + multicasts + hints)
+    target, source, *size, barrier = operands[:-1] if multicasts else operands
+    if rank:
+        _check_coordinates(statement, source, rank)
+    targets_of, barriers_of = (shared_address_reader(program, each) for each in (target, barrier))
+    sources_of = address_reader(program, source)
+    coordinates_of = [reader(program, c, "s32") for c in source.coordinates]
+    size_of = None if rank else reader(program, *size, "u32")
+    mask_of = reader(program, operands[-1], "u16") if multicasts else None
 
     def lanes_do(warp):
         block, copies = warp.block, warp.block.part(BulkCopies)
-        maps = TensorMaps(block.tensor_maps, maps_of(warp))
-        targets, barriers, first = targets_of(warp), barriers_of(warp), coordinate_of(warp)
+        targets, sources, barriers = targets_of(warp), sources_of(warp), barriers_of(warp)
+        maps = TensorMaps(block.tensor_maps, sources)
+        coordinates = [read(warp) for read in coordinates_of]
+        sizes, masks = (read(warp) if read else None for read in (size_of, mask_of))
 
         def lane_does(lane):
-            index = block.mbarrier_index(int(barriers[lane]))
+            if rank:
+                tile = maps[lane]
+            else:
+                address = GlobalAddress(warp.memory, sources[lane])
+                tile = Span(address.block(0, int(sizes[lane]), 16))
+            blocks = None
+            if multicasts:
+                blocks = block.part(Member).of_mask("a multicast bulk load", int(masks[lane]))
             copies.load(
-                *(block.shared.bytes, targets[lane], maps[lane]),
-                *(block.mbarriers, index, (first[lane],)),
+                *(block.shared.bytes, block.offset(int(targets[lane])), tile),
+                *(block.mbarriers, block.mbarrier_index(int(barriers[lane]))),
+                *(tuple(x[lane] for x in coordinates), blocks),
             )
 
         return lane_does
@@ -229,32 +243,6 @@ def _check_coordinates(statement: Statement, memory, rank: int) -> None:
     found = len(getattr(memory, "coordinates", ()))
     if found != rank:
         raise PtxError(f"{statement.opcode} wants {rank} coordinates, there are {found}")
-
-
-def _make_multicast(statement, operands, matched, program, hints):
-    """A load to the blocks of a cluster, of which there is one."""
-    *others, mask = operands
-    policy = statement.operands[len(operands) :]
-    single = replace(
-        statement,
-        opcode=statement.opcode.replace(".multicast::cluster", ""),
-        operands=(*others, *policy),
-    )
-    load = body_operation(single, program) or copy_operation(single, program)
-    if load is None:
-        return None
-    mask_of = reader(program, mask, "u16")
-
-    def operation(warp, lanes):
-        masks = mask_of(warp)[lanes]
-        if (masks != 1).any():
-            raise SimulationError(
-                f"a multicast to the blocks {int(masks[masks != 1][0]):#b} of a cluster: it has "
-                "one, whose bit is the lowest"
-            )
-        return load(warp, lanes)
-
-    return operation
 
 
 def _make_bulk_wait(statement, operands, matched, program, hints):
@@ -278,8 +266,8 @@ _TO_SHARED = r"shared\.global\.mbarrier::complete_tx::bytes"
 _MAKERS = {
     r"cp\.async\.(ca|cg)\.shared\.global": _make_copy,
     r"cp\.async\.wait_(group|all)": _make_wait,
-    rf"cp\.async\.bulk\.tensor\.1d\.{_TO_SHARED}": _make_tensor_load,
-    rf"cp\.async\.bulk(\.tensor\.[1-5]d)?\.{_TO_SHARED}\.multicast::cluster": _make_multicast,
+    rf"cp\.async\.bulk\.tensor\.(1)d\.{_TO_SHARED}()": _make_load,
+    rf"cp\.async\.bulk(?:\.tensor\.([1-5])d)?\.{_TO_SHARED}(\.multicast::cluster)": _make_load,
     r"cp\.reduce\.async\.bulk\.global\.shared\.bulk_group\.(\w+)(\.noftz)?\.(\w+)": (
         _make_bulk_reduction
     ),

@@ -1,12 +1,14 @@
 """A grid of blocks of an executed kernel: its arguments as bytes, and the order of its blocks."""
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 
-from numflash.executor.block import Block
+from numflash.executor.cluster import Cluster
 from numflash.executor.memory import PARAMETER_WINDOW, array_region
 from numflash.executor.program import Program
 from numflash.executor.text import Parameter, shortened
@@ -20,12 +22,14 @@ from numflash.simulator.writes import Writes
 
 # The share of warps' turns after which another block goes on.
 _RESTLESSNESS = (1.0, 1 / 8, 1 / 64)
-# What a block that has ended gives.
+# What a cluster that has ended gives.
 _ENDED = object()
 # Bodies ask for the running thread, which is one of the process.
 _one_launch = threading.RLock()
 MAX_STEPS = 300_000
 """Pieces of a warp while nothing happens: some ten seconds of a loop that spins."""
+# Blocks of a cluster, where the launch allows more than the 8 of every GPU.
+_MAX_CLUSTER = 16
 _FLOATS = {"f32": np.float32, "f64": np.float64}
 
 
@@ -95,64 +99,84 @@ class Launch:
             self.parameters[parameter.offset :][: len(content)] = np.frombuffer(content, np.uint8)
 
     def run(self) -> None:
-        """Run all blocks, one after the other or several together: see `simulator.resident`."""
-        nx, ny, nz = self.grid
-        positions = [(x, y, z) for z in range(nz) for y in range(ny) for x in range(nx)]
-        talks = self.program.talks
-        resident = num_resident(talks, len(positions), self.seed)
+        """Run all clusters, one after the other or several together: see `simulator.resident`.
+
+        Raises ValueError where the grid has no whole clusters; and what `Cluster.run` does.
+        """
+        clusters, talks = self._clusters(), self.program.talks
+        positions = list(chain.from_iterable(clusters))
+        resident = max(1, num_resident(talks, len(positions), self.seed) // len(clusters[0]))
         self.writes = Writes(positions) if talks else None
         self.patience = Patience(resident)
         # Kernels compute with infinities on purpose; NumPy would warn of each.
         with _one_launch, np.errstate(all="ignore"):
             if resident > 1 or talks:
-                self._run_together(positions, resident)
+                self._run_together(clusters, resident)
                 return
-            for number, position in enumerate(positions):
-                for _ in Block(self, number, position).run():
+            for number, positions in enumerate(clusters):
+                for _ in Cluster(self, number, positions).run():
                     pass
 
-    def _run_together(self, positions: list, most: int) -> None:
+    def _clusters(self) -> list[list[tuple[int, int, int]]]:
+        """The positions of each cluster's blocks, by rank. Raises ValueError."""
+        extents, line = self.program.entry.cluster, self.program.entry.line
+        if not 1 <= math.prod(extents) <= _MAX_CLUSTER:
+            raise ValueError(
+                f"the entry (line {line}) has clusters of {extents} blocks (.reqnctapercluster); "
+                f"there are those of 1 to {_MAX_CLUSTER}"
+            )
+        if any(n % extent for n, extent in zip(self.grid, extents, strict=True)):
+            raise ValueError(
+                f"the grid of {self.grid} blocks has no whole clusters: the entry (line {line}) "
+                f"wants {extents} blocks in each (.reqnctapercluster)"
+            )
+        firsts = _positions([range(0, n, m) for n, m in zip(self.grid, extents, strict=True)])
+        ranks = _positions([range(extent) for extent in extents])
+        return [[tuple(map(sum, zip(first, r, strict=True))) for r in ranks] for first in firsts]
+
+    def _run_together(self, clusters: list, most: int) -> None:
         order, patience, num_begun = (
-            Order(len(positions), self.seed, _RESTLESSNESS),
+            Order(len(clusters), self.seed, _RESTLESSNESS),
             self.patience,
             0,
         )
-        turns: dict[Block, Iterator] = {}  # of the resident blocks
-        block, looked, outer = None, False, engine._running
+        turns: dict[Cluster, Iterator] = {}  # of those that are resident
+        cluster, looked, outer = None, False, engine._running
         try:
-            while turns or num_begun < len(positions):
-                while num_begun < len(positions) and len(turns) < most:
-                    begun = Block(self, num_begun, positions[num_begun])
+            while turns or num_begun < len(clusters):
+                while num_begun < len(clusters) and len(turns) < most:
+                    begun = Cluster(self, num_begun, clusters[num_begun])
                     turns[begun] = begun.run()
                     num_begun += 1
-                if block is None or looked or order.random() < order.restlessness:
+                if cluster is None or looked or order.random() < order.restlessness:
                     # A loop that looks at memory in another way must not hold up who writes, too.
-                    block = order.choose(list(turns), True)
-                done = next(turns[block], _ENDED)
+                    cluster = order.choose(list(turns), True)
+                done = next(turns[cluster], _ENDED)
                 looked = done is True
                 if looked:
                     patience.polls += 1
                     if patience.polls > patience.most:
-                        raise DeadlockError(self._who_looks(turns, positions, num_begun, most))
+                        raise DeadlockError(self._who_looks(turns, clusters, num_begun, most))
                 elif done is not None:
                     patience.polls = 0
                 if done is _ENDED:
-                    del turns[block]
-                    block = None
+                    del turns[cluster]
+                    cluster = None
         finally:
             for left in turns.values():
                 left.close()
             engine.become(outer)
 
     @staticmethod
-    def _who_looks(blocks, positions: list, num_begun: int, most: int) -> str:
+    def _who_looks(resident, clusters: list, num_begun: int, most: int) -> str:
         """The message of a deadlock of blocks that wait for each other."""
+        positions, size = list(chain.from_iterable(clusters)), len(clusters[0])
         return "\n".join(
             [
                 "threads look again and again at what nobody writes: all others do, too, or wait, "
                 "or have returned",
-                *(block.who_waits_where() for block in blocks),
-                *who_has_not_begun(positions, num_begun, most),
+                *(cluster.who_waits_where() for cluster in resident),
+                *who_has_not_begun(positions, num_begun * size, most * size),
             ]
         )
 
@@ -215,6 +239,11 @@ class Launch:
             raise TypeError(f"{what} is an array of Python objects")
         self.regions.append(array_region(name, array))
         return array.__array_interface__["data"][0].to_bytes(8, "little")
+
+
+def _positions(ranges: Sequence[range]) -> list[tuple[int, int, int]]:
+    """All (x, y, z) of three ranges, x running fastest."""
+    return [(x, y, z) for z in ranges[2] for y in ranges[1] for x in ranges[0]]
 
 
 def _integer_bytes(what: str, n_bytes: int, value: int) -> bytes:

@@ -7,6 +7,7 @@ parameters, lie where no array of the host does.
 
 import bisect
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,15 +19,21 @@ LOCAL_WINDOW = 1 << 41
 PARAMETER_WINDOW = 1 << 42
 CONSTANTS = 1 << 43
 _WINDOW_BYTES = 1 << 32
+RANK_BYTES = 1 << 24
+"""From the shared memory of a block to that of the next rank, as in addresses of sm_90."""
 
 WINDOWS = {
     "global": 0,
     "const": 0,
     "param": PARAMETER_WINDOW,
+    "shared::cluster": SHARED_WINDOW,
     "shared": SHARED_WINDOW,
     "local": LOCAL_WINDOW,
 }
-"""The offset that makes an address in a space generic."""
+"""The offset that makes an address in a space generic.
+
+That of a block's shared memory is its address in the cluster's.
+"""
 
 
 class Region:
@@ -64,35 +71,48 @@ def array_region(name: str, array: np.ndarray) -> Region:
 
 
 class Memory:
-    """All memory that a block can reach but local memory, which is each lane's."""
+    """All memory that a block can reach but local memory, which is each lane's.
 
-    def __init__(self, global_regions: list[Region], shared: Region, parameters, constants):
+    Args:
+        global_regions, shared, parameters, constants: the block's own.
+        reach: gives the shared memory of another rank; None where the cluster has no such.
+    """
+
+    def __init__(
+        self, global_regions: list[Region], shared: Region, parameters, constants, reach: Callable
+    ):
         self.shared, self.parameters, self.constants = shared, parameters, constants
+        self._reach = reach
         self.globals = sorted([*global_regions, constants], key=lambda region: region.start)
         self._starts = [region.start for region in self.globals]
 
     def find(self, space: str, low: int, n_bytes: int) -> Region:
-        """The region of a space that holds n_bytes at an address. Raises IndexError."""
-        if space == "global" or space == "const":
-            # Arrays may overlap, as views of one: the last that begins before holds it or not.
-            for number in range(bisect.bisect_right(self._starts, low) - 1, -1, -1):
-                region = self.globals[number]
-                if low + n_bytes <= region.end:
-                    return region
-        elif space == "shared":
-            if self.shared.start <= low and low + n_bytes <= self.shared.end:
-                return self.shared
-        elif self.parameters.start <= low and low + n_bytes <= self.parameters.end:
-            return self.parameters
-        raise IndexError(self._outside(space, low, n_bytes))
+        """The region of a space that holds n_bytes at an address.
 
-    def _outside(self, space: str, low: int, n_bytes: int) -> str:
-        regions = {"shared": [self.shared], "param": [self.parameters]}.get(space, self.globals)
-        named = ", ".join(str(region) for region in regions if region.bytes.size)
-        return (
-            f"{n_bytes} bytes at {space} address {low:#x} lie outside every array: "
+        Raises IndexError, and what `Block.reach` does of another block's shared memory.
+        """
+        regions = self._regions(space, low)
+        if regions is self.globals:
+            # Arrays may overlap, as views of one: the last that begins before holds it or not.
+            regions = regions[: bisect.bisect_right(self._starts, low)]
+        for region in reversed(regions):
+            if region.start <= low and low + n_bytes <= region.end:
+                return region
+        named = ", ".join(str(each) for each in self._regions(space, low) if each.bytes.size)
+        raise IndexError(
+            f"{n_bytes} bytes at {space.split('::')[0]} address {low:#x} lie outside every array: "
             f"{named or 'there is none'}"
         )
+
+    def _regions(self, space: str, address: int) -> list[Region]:
+        """Those of a space, or those that an address may be in."""
+        if space == "shared":
+            return [self.shared]
+        if space == "shared::cluster":
+            rank = address // RANK_BYTES
+            is_own = rank == self.shared.start // RANK_BYTES
+            return [self.shared if is_own else self._reach(rank) or self.shared]
+        return [self.parameters] if space == "param" else self.globals
 
 
 def space_of(address: int) -> tuple[str, int]:

@@ -42,6 +42,8 @@ def reader(program, operand, type_: str) -> Callable:
         return lambda warp: constant
     elif isinstance(operand, Symbol):
         constant = filled(program.address_of(operand.name) + operand.offset, dtype)
+        if operand.name in program.in_window:
+            return lambda warp: constant + dtype.type(warp.block.window)
         return lambda warp: constant
     elif isinstance(operand, Special) and operand.name in NAMES:
         return lambda warp: warp.special(operand.name).astype(BITS[dtype.itemsize]).view(dtype)

@@ -64,6 +64,8 @@ class Program:
     Attributes:
         pieces: the statements of each piece.
         shared_end: the first address behind the block's shared memory.
+        in_window: the shared variables, where the blocks of a cluster have them at addresses of
+            their own: each behind its window's beginning.
         local_bytes: of each lane.
         follows_stores: whether anything reads shared memory by the asynchronous proxy, so that
             stores to it have to be remembered until a fence.
@@ -74,7 +76,9 @@ class Program:
         self.entry, self.dynamic_bytes = entry, dynamic_bytes
         self._addresses: dict[str, int] = {}
         self._place_variables()
-        self.one_lane = OneLane(entry.register_types, self.address_of)
+        shared = [v.name for v in entry.variables.values() if v.space == "shared"]
+        self.in_window = frozenset(shared if entry.cluster != (1, 1, 1) else ())
+        self.one_lane = OneLane(entry.register_types, self.address_of, self.in_window)
         self.pieces: list[list[Statement]] = []
         self._labels: dict[Label, int] = {}
         self._cut()

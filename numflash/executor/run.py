@@ -45,7 +45,8 @@ def run_ptx(
     Args:
         ptx: the text, of any compiler.
         entry: the kernel's name; None where the module has only one.
-        grid, block: how many blocks, and threads of a block: one to three integers.
+        grid, block: how many blocks, and threads of a block: one to three integers. Where the
+            entry has clusters (`.reqnctapercluster`) the grid consists of whole ones.
         arguments: one for each parameter: a NumPy array for a pointer to its element 0 (only
             memory between the first and the last element of such arrays can be reached), None for
             a null pointer, a number, a tensor map (`numflash.simulator.SimulatedTensorMap`), or

@@ -5,34 +5,37 @@ import numpy as np
 from numflash.executor.arithmetic import u4
 
 _LANES = np.arange(32)
-_CLUSTERS_OF_ONE = {
-    "%cluster_ctarank": 0,
-    "%cluster_nctarank": 1,
-    **{f"%cluster_ctaid.{axis}": 0 for axis in "xyz"},
-    **{f"%cluster_nctaid.{axis}": 1 for axis in "xyz"},
-}
-_PLACES = ("tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid")
+_PLACES = (
+    *("tid", "ntid", "ctaid", "nctaid"),
+    *("clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid"),
+)
 
 NAMES = frozenset(
     [f"%{name}.{axis}" for name in _PLACES for axis in "xyz"]
     + [f"%lanemask_{name}" for name in ("eq", "lt", "le", "gt", "ge")]
-    + ["%laneid", "%warpid", "%nwarpid", "WARP_SZ", "%dynamic_smem_size", *_CLUSTERS_OF_ONE]
+    + ["%laneid", "%warpid", "%nwarpid", "WARP_SZ", "%dynamic_smem_size"]
+    + ["%cluster_ctarank", "%cluster_nctarank"]
 )
 """Those that the executor knows."""
 
 
 def special_registers(
-    warp: int, grid: tuple, block: tuple, position: tuple, dynamic_bytes: int
+    warp: int, grid: tuple, block: tuple, position: tuple, cluster: tuple, dynamic_bytes: int
 ) -> dict[str, np.ndarray]:
-    """(32,) of each of NAMES, for the warp of this number."""
+    """(32,) of each of NAMES, for the warp of this number.
+
+    The grid, the block and the cluster are given by their extents, the block's place by position.
+    """
     thread = 32 * warp + _LANES
     width, height, _ = block
     threads = thread % width, thread // width % height, thread // (width * height)
-    values = dict(_CLUSTERS_OF_ONE)
-    for axis, *of_axis in zip("xyz", threads, block, position, grid, strict=True):
-        # The last two: each block is a cluster.
-        for name, value in zip(_PLACES, (*of_axis, *of_axis[2:]), strict=True):
+    values, rank, size = {}, 0, 1
+    for axis, *of_axis, extent in zip("xyz", threads, block, position, grid, cluster, strict=True):
+        _, _, place, blocks = of_axis
+        within = place // extent, blocks // extent, place % extent, extent
+        for name, value in zip(_PLACES, (*of_axis, *within), strict=True):
             values[f"%{name}.{axis}"] = value
+        rank, size = rank + place % extent * size, size * extent
     below = (1 << _LANES.astype(np.uint64)) - 1
     own = below + 1
     values |= {
@@ -41,6 +44,8 @@ def special_registers(
         "%nwarpid": -(-width * height * block[2] // 32),
         "WARP_SZ": 32,
         "%dynamic_smem_size": dynamic_bytes,
+        "%cluster_ctarank": rank,
+        "%cluster_nctarank": size,
         "%lanemask_eq": own,
         "%lanemask_lt": below,
         "%lanemask_le": below | own,

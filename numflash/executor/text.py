@@ -154,6 +154,7 @@ class Entry:
         line: where it begins in the text.
         target: as in `.target`: "sm_90a".
         max_threads: extents that `.maxntid` or `.reqntid` allows; None where nothing is said.
+        cluster: blocks of a cluster, by `.reqnctapercluster`.
         register_types: the type of each register, by number.
         body: `Statement` and `Label` in the order of the text.
     """
@@ -163,6 +164,7 @@ class Entry:
     target: str
     parameters: list[Parameter]
     max_threads: tuple[int, int, int] | None
+    cluster: tuple[int, int, int]
     variables: dict[str, Variable] = field(default_factory=dict)
     register_types: list[str] = field(default_factory=list)
     body: list = field(default_factory=list)
@@ -206,9 +208,10 @@ def parse(ptx: str, name: str | None = None) -> Entry:
     else:
         raise PtxError(f"the module has no entry {name!r}; it has {places or 'none'}")
     line = _line(text, head.start())
-    _refuse_clusters(head[3], line)
     parameters = _parameters(head[2] or "", _line(text, max(0, head.start(2))))
-    entry = Entry(head[1], line, target[1], parameters, _max_threads(head[3]))
+    cluster = _extents(head[3], "reqnctapercluster") or (1, 1, 1)
+    threads = _extents(head[3], "maxntid|reqntid")
+    entry = Entry(head[1], line, target[1], parameters, threads, cluster)
     _module_variables(text[: heads[0].start()], entry)
     _Body(text, head.end(), entry).read()
     return entry
@@ -329,19 +332,10 @@ def _parameters(text: str, line: int) -> list[Parameter]:
     return found
 
 
-def _refuse_clusters(directives: str, line: int) -> None:
-    """Refuse clusters of several blocks, which would share their memory. Raises PtxError."""
-    found = re.search(r"\.(?:reqnctapercluster|maxclusterrank)\s+([\d\s,]+)", directives)
-    if found and any(int(n) > 1 for n in re.findall(r"\d+", found[1])):
-        raise PtxError(
-            f"line {line}: {shortened(found[0])!r}: the executor knows clusters of one block only"
-        )
-
-
-def _max_threads(directives: str) -> tuple[int, int, int] | None:
-    found = re.search(
-        r"\.(?:maxntid|reqntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", directives
-    )
+def _extents(directives: str, names: str) -> tuple[int, int, int] | None:
+    """One to three numbers behind a directive of these names; None where there is none."""
+    numbers = r"\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?"
+    found = re.search(rf"\.(?:{names}){numbers}", directives)
     return tuple(int(n or 1) for n in found.groups()) if found else None
 
 

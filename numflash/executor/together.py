@@ -11,7 +11,7 @@ import numpy as np
 
 from numflash.executor import bodies
 from numflash.executor.atomics import make_atomic
-from numflash.executor.clusters import make_cluster_barrier, make_mapa, make_rank
+from numflash.executor.cluster_operations import make_cluster_barrier, make_mapa, make_rank
 from numflash.executor.copies import copy_operation
 from numflash.executor.operands import (
     WAITS,
@@ -22,7 +22,14 @@ from numflash.executor.operands import (
     shared_address_reader,
     write,
 )
-from numflash.executor.text import Immediate, Pair, Statement, UnknownError, check_operands
+from numflash.executor.text import (
+    Immediate,
+    Nothing,
+    Pair,
+    Statement,
+    UnknownError,
+    check_operands,
+)
 from numflash.executor.types import DTYPES
 from numflash.ptx import INSTRUCTIONS
 from numflash.simulator.bulk_copies import BulkCopies
@@ -80,7 +87,7 @@ class NamedBarrier:
 
     def has_ended(self, generation: int, block) -> bool:
         """Whether this generation is over; ends it where all have come."""
-        if self.generation == generation and self.arrived >= (self.expected or block.live_threads):
+        if self.generation == generation and self.arrived >= (self.expected or block.live):
             self.arrived = 0
             self.generation += 1
             block.something_happened()
@@ -120,7 +127,7 @@ def _barrier(statement, program):
         barrier, generation = group.state
         if barrier.has_ended(generation, block) or not waits:
             return None
-        expected = barrier.expected or block.live_threads
+        expected = barrier.expected or block.live
         group.waits_for = f"a named barrier: {barrier.arrived} of {expected} threads came"
         return WAITS
 
@@ -306,30 +313,31 @@ def _arrive(statement, program):
     _, memory, *counts = statement.operands
     address_of = shared_address_reader(program, memory)
     count_of = reader(program, counts[0], "u32") if counts else None
-    expects = "expect_tx" in statement.opcode
+    expects, anywhere = ("expect_tx" in statement.opcode, "shared::cluster" in statement.opcode)
     if expects:
         check_operands(statement, 3)
-        arrive = INSTRUCTIONS["mbarrier_arrive_expect_tx"].body
-    else:
-        arrive = INSTRUCTIONS["mbarrier_arrive"].body
+    if anywhere and not isinstance(statement.operands[0], Nothing):
+        raise UnknownError(f"{statement.opcode} tells nothing of the phase: it wants _ before")
 
     def operation(warp, mask):
-        block, addresses = warp.block, address_of(warp)
+        addresses = address_of(warp)
         counts = np.ones(32, np.uint32) if count_of is None else count_of(warp)
         for lane in np.flatnonzero(mask):
             become(warp.threads[lane])
-            index, count = block.mbarrier_index(int(addresses[lane])), int(counts[lane])
+            address, count = int(addresses[lane]), int(counts[lane])
+            block = warp.block.whose(address, statement.opcode) if anywhere else warp.block
+            mbarriers = block.part(Mbarriers)
+            barrier = mbarriers.find(block.mbarriers, block.mbarrier_index(address))
             if expects:
-                arrive(block.mbarriers, index, count)
-            else:
-                barrier = block.part(Mbarriers).find(block.mbarriers, index)
-                if count > max(barrier.pending, 1):
-                    raise SimulationError(
-                        f"{barrier}: {count} arrivals at once, the phase lacks {barrier.pending}"
-                    )
-                for _ in range(count):
-                    arrive(block.mbarriers, index)
-        block.something_happened()
+                mbarriers.arrive_at(barrier, count)
+                continue
+            if count > max(barrier.pending, 1):
+                raise SimulationError(
+                    f"{barrier}: {count} arrivals at once, the phase lacks {barrier.pending}"
+                )
+            for _ in range(count):
+                mbarriers.arrive_at(barrier)
+        warp.block.something_happened()
 
     return operation
 

@@ -7,7 +7,7 @@ are there.
 
 import numpy as np
 
-from numflash.executor.memory import WINDOWS, Memory, poisoned, space_of
+from numflash.executor.memory import RANK_BYTES, WINDOWS, Memory, poisoned, space_of
 from numflash.executor.operands import WAITS
 from numflash.executor.program import END, TRUE, Program
 from numflash.executor.special_registers import special_registers
@@ -77,7 +77,8 @@ class Warp:
         # Accumulators of products under way, and registers that they read: see `products`.
         self.sums, self.being_read = [], []
         self._special = special_registers(
-            number, block.grid, block.extents, block.position, program.dynamic_bytes
+            *(number, block.grid, block.extents, block.position, program.entry.cluster),
+            program.dynamic_bytes,
         )
         self._local = poisoned(32 * program.local_bytes).reshape(32, program.local_bytes)
 
@@ -191,7 +192,7 @@ class Warp:
             index = (address - start) // (size * count)
             found = rows[index if mask is None else np.where(mask, index, 0)]
         if self.block.traffic:
-            self.block.traffic.loaded(space, size * count, mask)
+            self.block.traffic.loaded(space.split("::")[0], size * count, mask)
         if space == "global" and self.block.writes:
             self.tell(access, address, size * count, mask)
         return list(found.T.copy())
@@ -217,14 +218,17 @@ class Warp:
         else:
             self._write(region, address[lanes], size, content)
         if self.block.traffic:
-            self.block.traffic.stored(space, size * count, mask)
+            self.block.traffic.stored(space.split("::")[0], size * count, mask)
         if space == "global" and self.block.writes:
             self.tell(access, address, size * count, mask)
-        if space == "shared" and self.program.follows_stores:
+        if space.startswith("shared") and self.program.follows_stores:
             words, n_words = self.block.words, max(1, size * count // 4)
+            offset = address - self.block.window
             for lane in lanes:
-                store = words, int(address[lane]) // 4, n_words, self.block.fences
-                self.threads[lane].stores.append(store)
+                # Stores to another block's memory are not followed.
+                if 0 <= offset[lane] < RANK_BYTES:
+                    store = words, int(offset[lane]) // 4, n_words, self.block.fences
+                    self.threads[lane].stores.append(store)
 
     def tell(self, access: str, address, n_bytes: int, mask) -> None:
         """Let the launch know what lanes do to global memory, unless it is "none" of its ways."""

@@ -16,12 +16,14 @@ class Kernel:
         function: the kernel; every parameter is annotated as `kernels.arguments` says.
         num_threads: threads per block, one-dimensional.
         smem_bytes: dynamic shared memory per block.
+        cluster: blocks of a cluster; the grid is a multiple of it.
     """
 
     family: str
     function: Callable
     num_threads: int
     smem_bytes: int
+    cluster: int = 1
 
     @property
     def parameters(self) -> dict[str, object]:

@@ -298,20 +298,22 @@ def _front_end(
     the choice.
     """
     with _numba_for(limits) as numba_cuda:
+        from numflash.machine_code.clusters import clusters_of
         from numflash.ptx import CODE_OPTIONS
 
         kernel = make()
         threads = kernel.num_threads
-        codes, _ = numba_cuda.compile_all(
-            kernel.function,
-            _signature(kernel.parameters),
-            cc=_compute_capability(limits.arch),
-            device=False,
-            abi="numba",
-            output=output,
-            launch_bounds=threads if min_blocks is None else (threads, min_blocks),
-            **CODE_OPTIONS,
-        )
+        with clusters_of(kernel.cluster):
+            codes, _ = numba_cuda.compile_all(
+                kernel.function,
+                _signature(kernel.parameters),
+                cc=_compute_capability(limits.arch),
+                device=False,
+                abi="numba",
+                output=output,
+                launch_bounds=threads if min_blocks is None else (threads, min_blocks),
+                **CODE_OPTIONS,
+            )
     if len(codes) != 1:
         raise UnsupportedError(f"the {kernel.family} kernel compiled to {len(codes)} modules")
     return kernel, codes[0]

@@ -8,12 +8,10 @@ no such parameters; here its LLVM function gets the attributes just before it is
 Source: NVVM IR Specification, "Global Property Annotation", grid_constant.
 """
 
-from contextlib import contextmanager
-
 from llvmlite import ir
 from numba import types
-from numba.cuda import compiler
 
+from numflash.machine_code.annotations import annotate, changed_kernels
 from numflash.ptx.scalars import TensorMap
 
 TENSOR_MAP = types.CPointer(types.UniTuple(types.uint64, TensorMap.n_bytes // 8))
@@ -21,20 +19,9 @@ TENSOR_MAP = types.CPointer(types.UniTuple(types.uint64, TensorMap.n_bytes // 8)
 _ALIGNMENT = 64
 
 
-@contextmanager
 def grid_constants():
     """Compile kernels whose `TENSOR_MAP` parameters are passed by value."""
-    fix_kernel = compiler.kernel_fixup
-
-    def fix_kernel_and_parameters(kernel, *args, **kwargs):
-        fix_kernel(kernel, *args, **kwargs)
-        _pass_by_value(kernel)
-
-    compiler.kernel_fixup = fix_kernel_and_parameters
-    try:
-        yield
-    finally:
-        compiler.kernel_fixup = fix_kernel
+    return changed_kernels(_pass_by_value)
 
 
 class _ByValue(ir.values.ArgumentAttributes):
@@ -45,14 +32,11 @@ class _ByValue(ir.values.ArgumentAttributes):
 
 
 def _pass_by_value(kernel) -> None:
-    module, number = kernel.module, ir.IntType(32)
     numbers = []
     for position, argument in enumerate(kernel.args, start=1):
         pointee = getattr(argument.type, "pointee", None)
         if isinstance(pointee, ir.ArrayType) and pointee.count * 8 == TensorMap.n_bytes:
             argument.attributes = _ByValue()
-            numbers.append(ir.Constant(number, position))
+            numbers.append(position)
     if numbers:
-        property_name = ir.MetaDataString(module, "grid_constant")
-        node = module.add_metadata((kernel, property_name, module.add_metadata(numbers)))
-        module.get_named_metadata("nvvm.annotations").add(node)
+        annotate(kernel, {"grid_constant": numbers})

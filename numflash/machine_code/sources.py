@@ -19,7 +19,14 @@ _PACKAGE = Path(__file__).parents[1]
 _ROOMS = ("configs", "functions", "kernels", "ptx", "tiles")
 # Text, because a parser takes a tenth of a second for all of them.
 _IMPORT = re.compile(r"^ *from (numflash[.\w]*) import (\([^)]*\)|.*)$", re.MULTILINE)
-_COMPILER = ("compiler.py", "linker.py", "grid_constants.py", "repeated_work.py")
+_COMPILER = (
+    "annotations.py",
+    "clusters.py",
+    "compiler.py",
+    "grid_constants.py",
+    "linker.py",
+    "repeated_work.py",
+)
 
 
 def kernel_hash(config: Config) -> str:

@@ -75,15 +75,15 @@ class TensorLayout:
         return cls._of(tensor, extents, strides, (rows, 1, 1))
 
     @classmethod
-    def of_transposed_values(cls, tensor: Tensor) -> "TensorLayout":
+    def of_transposed_values(cls, tensor: Tensor, shares: int = 1) -> "TensorLayout":
         """Codes of V, (batch, heads, head_dim, seqlen), as {seqlen, head_dim, heads, batch}.
 
-        A tile is all of head_dim in rows of 128 bytes.
+        A tile is all of head_dim in rows of 128 bytes, or one of so many shares of it.
         """
         batch, heads, columns, seqlen = tensor.shape
         by_batch, by_head, by_column, _ = tensor.strides
         extents, strides = (seqlen, columns, heads, batch), (by_column, by_head, by_batch)
-        return cls._of(tensor, extents, strides, (columns, 1, 1))
+        return cls._of(tensor, extents, strides, (columns // shares, 1, 1))
 
     @classmethod
     def of_queries(cls, tensor: Tensor, pack: int) -> "TensorLayout":

@@ -31,7 +31,8 @@ class Geometry:
         pack: query heads that are neighbouring rows of a tile.
         num_splits: parts that the keys are dealt out to.
         heads_in_flight: heads whose blocks are interleaved.
-        blocks: of the grid; those of persistent kernels take tile after tile.
+        blocks: of the grid; those of persistent kernels take tile after tile. They are a multiple
+            of those of a cluster.
         listed: the list of its tiles, of sequences with lengths of their own, else None.
     """
 
@@ -122,7 +123,7 @@ def heads_of_a_bundle(config: MmaConfig, fits: int, heads: int, num_sms: int, sh
     """
     if implementation_of(config).needs_maps:
         # FLOP a byte of K and V, where each block that runs is a tile of rows.
-        fits = max(fits, num_sms * config.block_rows * sharing // _FLOP_PER_BYTE)
+        fits = max(fits, num_sms * config.tile_m * sharing // _FLOP_PER_BYTE)
         bundles = max(1, -(-heads // max(1, fits)))
         fits = -(-heads // bundles)
     return max(1, min(fits, heads))
@@ -142,7 +143,7 @@ def with_splits(
         )
     pack = heads_packed(config, problem)
     heads = problem.num_heads_q // pack
-    blocks = problem.num_blocks(problem.seqlen_q * pack, heads, config.block_rows)
+    blocks = blocks_of(problem, config, heads, pack)
     # Keys that a tile of rows sees through a window, wherever that begins in a block of keys.
     tokens = min(problem.seqlen_q, 1 + -(-config.block_rows // pack))
     seen = max(0, problem.band_hi - problem.band_lo + tokens) + config.stage_n
@@ -224,11 +225,9 @@ def tiles_listed(
     `blocks` is the number that the machine has room for, of a forward; `in_turn` is as
     `ListShape` has it.
     """
-    own, other = config.tile_m, config.tile_n
+    own, other = config.block_rows, getattr(config, "stage_n", config.tile_n)
     if by_keys:
-        own, other = other, own
-    else:
-        other = getattr(config, "stage_n", other)
+        own, other = config.tile_n, config.tile_m
     listed = problem.list_shape(own, other, pack, by_keys)._replace(in_turn=in_turn)
     if by_keys or getattr(config, "num_splits", 1) == 1:
         return listed
@@ -251,9 +250,14 @@ def blocks_of(
     by_keys: bool = False,
     listed: ListShape | None = None,
 ) -> int:
-    """The grid of a kernel whose blocks each own a tile of queries, or keys, of one of `heads`."""
+    """The grid of a kernel whose blocks each own a tile of queries, or keys, of one of `heads`.
+
+    The blocks of a cluster own one together.
+    """
+    cluster = getattr(config, "cluster", 1)
     if problem.lengths is not None:
         listed = listed or problem.list_shape(config.block_rows, 1, pack, by_keys)
-        return num_blocks("the problem", most_records(problem.lengths, listed), heads, 1)
+        records = most_records(problem.lengths, listed)
+        return num_blocks("the problem", records, heads * cluster, 1)
     rows = problem.seqlen_k if by_keys else problem.seqlen_q * pack
-    return problem.num_blocks(rows, heads, config.block_rows)
+    return problem.num_blocks(rows, heads * cluster, config.block_rows)

@@ -201,7 +201,7 @@ def _torn_pages(config: Config, problem: AttentionProblem) -> str | None:
     """Why a config that copies boxes cannot read the pages of a problem's cache, or None."""
     if problem.pages is None or not implementation_of(config).needs_maps:
         return None
-    return torn_pages(problem.pages.size, config.stage_n)
+    return torn_pages(problem.pages.size, config.box_n)
 
 
 def _choose_invariant(

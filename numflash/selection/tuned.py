@@ -189,7 +189,7 @@ def _find(
         is_hopper = choice.implementation.needs_maps
         if (kind is not None and is_hopper != kind) or not can_run(choice):
             continue
-        if is_hopper and wanted.page_size and torn_pages(wanted.page_size, choice.config.stage_n):
+        if is_hopper and wanted.page_size and torn_pages(wanted.page_size, choice.config.box_n):
             continue
         if unfit(choice.config, choice.traits, limits, rows, proven) is None:
             return choice

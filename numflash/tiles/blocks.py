@@ -11,6 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 from numflash.ptx import device_function, function_of_numbers, i32, mov_ctaid_x, mov_nctaid_x, u32
+from numflash.ptx.clusters import mov_clusterid_x, mov_nclusterid_x
 from numflash.tiles.division import divide, quotient, tiles_of
 from numflash.tiles.sequences import Keys, Sequence
 
@@ -267,9 +268,12 @@ def make_block_place(tile_m):
 
 
 @cache
-def make_walk(tile_m, traits):
-    """walk(grid, shape): (first place, number of places); `next_place` leads on."""
-    ragged = traits.ragged
+def make_walk(tile_m, traits, cluster=1):
+    """walk(grid, shape): (first place, number of places); `next_place` leads on.
+
+    Where blocks are in clusters a cluster takes places, of tile_m rows, as otherwise a block does.
+    """
+    ragged, alone = traits.ragged, cluster == 1
 
     @device_function
     def walk(grid, shape):
@@ -279,7 +283,7 @@ def make_walk(tile_m, traits):
         else:
             num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
             num_places = u32(num_m_blocks * (u32(num_heads) // u32(pack)) * u32(num_splits))
-        return mov_ctaid_x(), num_places
+        return mov_ctaid_x() if alone else mov_clusterid_x(), num_places
 
     return walk
 
@@ -296,4 +300,12 @@ def next_place(place, odd):
     """
     block, blocks = mov_ctaid_x(), mov_nctaid_x()
     after = u32(blocks - block - u32(1)) if odd != 0 else block
+    return u32(place + u32(2) * after + u32(1))
+
+
+@device_function
+def next_place_of_cluster(place, odd):
+    """The place that a cluster takes after this one: as `next_place`, all its blocks the same."""
+    cluster, clusters = mov_clusterid_x(), mov_nclusterid_x()
+    after = u32(clusters - cluster - u32(1)) if odd != 0 else cluster
     return u32(place + u32(2) * after + u32(1))

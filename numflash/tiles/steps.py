@@ -97,10 +97,10 @@ def _step_itself(mask, step):
 def make_keys_of(config, traits):
     """keys_of(place, grid, sequence, mask)
 
-    The steps of the keys that some of tile_m rows of a `Place` see, as `Keys`: the share of its
+    The steps of the keys that some of the rows of a `Place` see, as `Keys`: the share of its
     split.
     """
-    tile_m, stage_n, is_split = config.tile_m, config.stage_n, config.num_splits > 1
+    num_rows, stage_n, is_split = config.block_rows, config.stage_n, config.num_splits > 1
     ragged = traits.ragged
     steps_of = make_steps_of(traits, stage_n)
     # With a block mask it reads lists, too.
@@ -108,7 +108,7 @@ def make_keys_of(config, traits):
 
     @of_what
     def keys_of(place, grid, sequence, mask):
-        first, last = tokens_of(place.start, tile_m, grid.pack, sequence)
+        first, last = tokens_of(place.start, num_rows, grid.pack, sequence)
         if ragged:
             tiles = place.tiles
         else:

@@ -7,16 +7,18 @@ with every feature.
 """
 
 import itertools
+import struct
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from numflash.configs import Sm90ForwardConfig, Traits
 from numflash.configs.wgmma import candidates
-from numflash.machine_code.compiler import compile_cubin, get_cubin
+from numflash.machine_code.compiler import compile_cubin, compile_ptx, get_cubin
 from numflash.machine_code.main_loop import MainLoop, Registers, read_main_loop
 from numflash.machine_code.report import inspect_kernel
-from numflash.machine_code.sass import disassemble
+from numflash.machine_code.sass import disassemble, opcodes
 from numflash.ptx import device_function
 from numflash.runtime.devices import architecture
 from numflash.selection.rules import choose
@@ -26,6 +28,8 @@ HOPPER = architecture("sm_90a")
 DTYPES = ("float16", "bfloat16")
 HEAD_DIMS = (64, 128, 192, 256)
 PLAIN, BENT = {}, {"features": ("softcap", "alibi")}
+MOST_OF_CLUSTERS = 6
+"""Instructions of a turn that two releases in two blocks take more."""
 REGISTERS, WARPGROUP = 64 * 1024, 128
 # Instructions of a turn: for a score its maximum, exponential, product, sum and half a conversion;
 # for a product its descriptor; the rest, which assemblers from 12.8 to 13.5 write with 35 to 70.
@@ -61,6 +65,7 @@ def _cases():
     # What first light asks for: more stages of V, more keys in a tile.
     yield replace(chosen(128), v_stages=3), "bfloat16", 128, PLAIN
     yield replace(chosen(128), tile_n=176), "bfloat16", 128, PLAIN
+    yield replace(chosen(256), cluster=2), "bfloat16", 256, PLAIN
     # As few warps as there are, without `setmaxnreg`.
     yield replace(every(128)[-1], fixed=True), "bfloat16", 128, PLAIN
     # Few rows: smaller tiles, and keys in splits.
@@ -115,6 +120,29 @@ def test_sequences_of_any_lengths_cost_the_main_loop_next_to_nothing(head_dim):
     _expect_main_loop(config, one_length, report.main_loop, moves)
     of_one_length = inspect_kernel(config, one_length, HOPPER).main_loop
     assert report.main_loop.issued <= of_one_length.issued + moves
+
+
+@pytest.mark.parametrize("head_dim", some([128, 256], 128))
+def test_clusters_cost_the_main_loop_next_to_nothing(head_dim):
+    """Two lanes of a warp release a buffer, each in a block, and no fence stands before them."""
+    config, traits = chosen(head_dim), Traits("bfloat16", head_dim, head_dim)
+    pairs = replace(config, cluster=2)
+    report = inspect_kernel(pairs, traits, HOPPER)
+    assert report.faults == ()
+    _expect_registers(pairs, report.registers, report.setmaxnreg)
+    _expect_main_loop(pairs, traits, report.main_loop)
+    alone = inspect_kernel(config, traits, HOPPER)
+    assert report.main_loop.issued <= alone.main_loop.issued + MOST_OF_CLUSTERS
+    # They meet at the beginning and at the end. Copies of K and V are for both, of Q they are not.
+    code = get_cubin(pairs, traits, HOPPER).code
+    found = Counter(opcodes(disassemble(code)))
+    assert found["UCGABAR_ARV"] == found["UCGABAR_WAIT"] == found["MEMBAR.ALL.GPU"] == 2
+    assert found["UTMALDG.4D.MULTICAST"] and not found["UTMALDG.4D"]
+    assert found["UTMALDG.5D"] and not found["UTMALDG.5D.MULTICAST"]
+    assert ".reqnctapercluster 2, 1, 1" in compile_ptx(pairs, traits, HOPPER)
+    # And so the driver reads it: EIATTR_CTA_PER_CLUSTER, with its length and three numbers.
+    assert b"\x04\x3d\x0c\x00" + struct.pack("<3I", 2, 1, 1) in code
+    assert "cluster" not in compile_ptx(config, traits, HOPPER).partition("{")[0]
 
 
 @thorough

@@ -5,14 +5,17 @@ import numpy as np
 import numflash
 
 
-def module(body: str, parameters: str = ".param .u64 x, .param .u32 n", declares="") -> str:
+def module(
+    body: str, parameters: str = ".param .u64 x, .param .u32 n", declares="", cluster=1
+) -> str:
     """A module with one entry `kernel`, whose registers are p, r, f, h and rd, 16 of each."""
+    directive = "" if cluster == 1 else f".reqnctapercluster {cluster}"
     return f"""
 .version 8.0
 .target sm_90a
 .address_size 64
 {declares}
-.visible .entry kernel({parameters})
+.visible .entry kernel({parameters}) {directive}
 {{
     .reg .pred %p<16>; .reg .b32 %r<16>; .reg .f32 %f<16>; .reg .b16 %h<16>; .reg .b64 %rd<16>;
     ld.param.u64 %rd1, [x];
@@ -25,11 +28,10 @@ def module(body: str, parameters: str = ".param .u64 x, .param .u32 n", declares
 """
 
 
-def run(body, *, grid=1, block=32, x=None, n=0, declares="", **options):
+def run(body, *, grid=1, block=32, x=None, n=0, declares="", cluster=1, **options):
     x = np.zeros(64, np.uint32) if x is None else x
-    found = numflash.run_ptx(
-        module(body, declares=declares), "kernel", grid, block, [x, n], **options
-    )
+    ptx = module(body, declares=declares, cluster=cluster)
+    found = numflash.run_ptx(ptx, "kernel", grid, block, [x, n], **options)
     return found if options.get("profile") else x
 
 

@@ -152,13 +152,27 @@ def test_what_a_launch_is_given_is_checked(changes, error, message):
         numflash.run_ptx(**(given | changes))
 
 
-@pytest.mark.parametrize("directive", [".reqnctapercluster 2, 1, 1", ".maxclusterrank 4"])
-def test_clusters_of_several_blocks_are_refused(directive):
+@pytest.mark.parametrize(
+    "directive, message",
+    [
+        (".reqnctapercluster 2, 1, 1", r"grid of \(3, 1, 1\) .* wants \(2, 1, 1\) blocks in each"),
+        (".reqnctapercluster 1, 2", r"entry \(line 5\) wants \(1, 2, 1\) blocks in each"),
+        (".reqnctapercluster 17", r"entry \(line 5\) has clusters of \(17, 1, 1\) blocks"),
+        (".reqnctapercluster 0", r"has clusters of \(0, 1, 1\) .* there are those of 1 to 16"),
+        (".reqnctapercluster 3", None),
+        (".reqnctapercluster 1, 1, 1", None),
+        # How many there are the launch says: here, one.
+        (".maxclusterrank 4", None),
+    ],
+)
+def test_a_grid_has_whole_clusters(directive, message):
     ptx = AXPY.replace(".param .u32 n)", f".param .u32 n)\n{directive}")
-    with pytest.raises(ValueError, match=r"line 5: .*clusters of one block only"):
-        numflash.run_ptx(ptx, None, 1, 32, [None, None, 0.0, 0])
-    one = AXPY.replace(".param .u32 n)", ".param .u32 n)\n.reqnctapercluster 1, 1, 1")
-    numflash.run_ptx(one, None, 1, 32, [np.ones(4, "f4"), np.ones(4, "f4"), 1.0, 4])
+    given = ptx, None, 3, 32, [np.ones(4, "f4"), np.ones(4, "f4"), 1.0, 4]
+    if message is None:
+        numflash.run_ptx(*given)
+        return
+    with pytest.raises(ValueError, match=message):
+        numflash.run_ptx(*given)
 
 
 def test_an_entry_says_how_many_threads_it_allows():

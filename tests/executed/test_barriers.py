@@ -1,4 +1,4 @@
-"""mbarriers, and clusters of one block."""
+"""mbarriers, and clusters of one block; those of several are in `test_clusters`."""
 
 import numpy as np
 import pytest

@@ -61,6 +61,14 @@ CASES = {
     "tf32": ("sm_80", np.float32, 40, 32, True, {"precision": "tf32", "config": _SMALL["sm80"]}),
     "combine": ("sm_80", np.float16, 70, 32, True, {"config": _SMALL["combine"]}),
     "sm90": ("sm_90a", np.float16, 150, 64, False, {"causal": True}),
+    "clusters-sm90": (
+        "sm_90a",
+        BF16,
+        150,
+        128,
+        False,
+        {"causal": True, "config": {"forward": "sm90-m64n32w4s2-c2-overlap-persistent"}},
+    ),
     "backward-sm90": (
         "sm_90a",
         BF16,

@@ -77,6 +77,8 @@ _HOPPER = (
     ("m128n64w8s2-overlap-persistent", 256),
     ("m128n64w8s2-pingpong", 256),
     ("m64n64w4s2x2-overlap-persistent", 256),
+    ("m128n128w8s2-c2-overlap-pingpong-persistent", 128),
+    ("m128n80w8s2-c2-overlap-persistent", 256),
 )
 
 

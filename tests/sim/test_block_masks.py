@@ -74,6 +74,7 @@ KERNELS = {
         {"forward": "sm90-m128n32w8s2-overlap-pingpong-persistent"},
     ),
     "sm90-splits": ("sm_90a", "bfloat16", 64, {"forward": "sm90-m64n32w4s3x2-overlap"}),
+    "sm90-clusters": ("sm_90a", "float16", 128, {"forward": "sm90-m64n64w4s2-c2-overlap"}),
     "sm90-backward": (
         "sm_90a",
         "bfloat16",

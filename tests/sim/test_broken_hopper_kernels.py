@@ -38,6 +38,7 @@ CHAIN = (
     "tiles/blocks",
     "tiles/rows",
     "tiles/wgmma/turns",
+    "tiles/wgmma/clusters",
     "tiles/wgmma/products",
     "tiles/wgmma/results",
     "tiles/mma/softmax",
@@ -120,6 +121,10 @@ PROBLEMS = {
     "slabs": Problem("m64n32w4s2-unpacked-overlap", 40, 70, 4, 2, 128),
     # Few orders of threads show that Q was given back for one warp only.
     "split": Problem("m64n16w4s2x2-persistent", 70, 60, options=_CAUSAL, seeds=range(24, 48)),
+    # Two blocks, the second of which has no rows of the second tile; the ring comes round.
+    "cluster": Problem(
+        "m64n16w4s2-c2-overlap-persistent", 180, 60, options={"causal": True}, seeds=range(12)
+    ),
     # A warpgroup that passes many tiles of keys by, with nothing else to hold its warps together.
     "bypassed": Problem("m128n16w8s1", 100, 112, options=_CAUSAL, seeds=range(40)),
 }
@@ -133,6 +138,9 @@ NOT_NEEDED = {
     ("make_turns.take_turn", "bar_sync", 0): "turns are for speed",
     ("make_skeleton.skip_keys", "take_turn", 0): "turns are for speed",
     **{("make_attend.attend", "take_turn", n): "turns are for speed" for n in range(2)},
+    ("meet_cluster", "cuda.syncwarp", 0): (
+        "the simulator takes the lanes of a warp to a cluster's barrier one by one"
+    ),
     ("make_skeleton.run_block", "take_registers", 0): (
         "the simulator does not count the registers that a thread uses"
     ),
@@ -192,6 +200,7 @@ _SYNCHRONISATION = (
     r"|mbarrier_(wait_parity|arrive|arrive_expect_tx|init)|wait_for_\w+|bar_sync|bar_arrive|meet"
     r"|cp_async_bulk_(wait_group_read|commit_group)|fence_\w+|wgmma_(fence|commit_group)"
     r"|give_\w+|take_\w+|pass_turn|cuda\.sync(threads|warp)"
+    r"|meet_cluster|barrier_cluster_\w+|mbarrier_arrive_remote"
 )
 _OF_8_BITS = "make_product_pt.product_pt"
 # And of those that only kernels for pages have: `test_broken_ragged_kernels` has their faults.
@@ -207,6 +216,8 @@ _OF_OTHERS = (
 def _problems_for(part: str, fault: Event) -> tuple[str, ...]:
     """Problems that show a fault of an event: first the one that the event is there for."""
     called, context = fault.called, fault.before(SOURCES[part], 4)
+    if "cluster" in fault.function or "cluster" in called or called.endswith("remote"):
+        return ("cluster",)
     if called == "gather":
         return ("bypassed",)
     if called == "Q.gather":
@@ -270,7 +281,7 @@ channels  persistent  phases that change too often
 channels  persistent  one buffer of two
     i32(0) if wraps else i32(stage + 1) -> i32(0)
 ring  overlap  one warpgroup empties K
-    k_full + stages, stages, config.arrivals, groups -> k_full + stages, stages, config.arrivals
+    "readers": groups -> "readers": 1
 channels  persistent  one warp empties a buffer
     empty + stage, arrivals * readers -> empty + stage, 1
 ring  split  one thread gives back a Q that each warp has read
@@ -303,8 +314,8 @@ producer  persistent  too few bytes of V
     u32(ring.v_bytes) -> u32(ring.v_bytes // 2)
 ring  persistent  bytes of K without its second slab
     k_bytes=4 * k_words -> k_bytes=2 * k_words
-producer  slabs  slabs of K on top of each other
-    slab * stage_n * SLAB_WORDS -> slab * 0
+producer  slabs  slabs of K on top of each other  x2
+    (slab * stage_n + first) * SLAB_WORDS -> first * SLAB_WORDS
 producer  slabs  slabs of V on top of each other  x2
     slab * v_slab_words -> slab * 0
 producer  slabs  slabs of Q too close
@@ -318,7 +329,7 @@ producer  overlap  Q of one warpgroup
 producer  overlap  rows of one warpgroup
     + group * tokens ->
 producer  slabs  K and V of another head
-    place.start, place.head, place.head_kv -> place.start, place.head_kv, place.head
+    .start, place.head, place.head_kv -> .start, place.head_kv, place.head
 producer  persistent  keys from the first on
     i32(n * stage_n + origin.row), K.full -> i32(0 * stage_n + origin.row), K.full
 forward  persistent  the step of the stages of K
@@ -383,6 +394,34 @@ finish  persistent  lse in base 2
     LN_2, is_split -> 2 * LN_2, is_split
 row_ends  persistent  rows without keys
     if total != f32(0) else f32(0) ->
+channels  cluster  released in the own block only
+    arrive_remote(barriers, empty + stage, block) -> arrive(barriers, empty + stage)
+channels  cluster  released in one block only
+    if block < cluster: -> if block < 1:
+channels  cluster  a buffer that is empty in one block
+    arrivals * readers * cluster) -> arrivals * readers)
+ring  cluster  blocks that know nothing of each other
+    "cluster": config.cluster} -> "cluster": 1}
+clusters  cluster  all blocks have the first rows
+    start + mov_cluster_ctarank() * tile_m -> start
+clusters  cluster  all blocks fetch the first half
+    mov_cluster_ctarank() * share -> 0 * share
+clusters  cluster  halves changed over
+    mov_cluster_ctarank() * share -> (1 - mov_cluster_ctarank()) * share * 2
+clusters  cluster  a copy for the first block only
+    u16((1 << cluster) - 1) -> u16(1)
+producer  cluster  half of K to the place of the other  x2
+    (slab * stage_n + first) * SLAB_WORDS -> slab * stage_n * SLAB_WORDS
+producer  cluster  half of V of the other's keys
+    i32(slab * slab_elements), i32(key + first) -> i32(slab * slab_elements), key
+producer  cluster  Q of the first block
+    own_rows(place).start -> place.start
+finish  cluster  results of the first block
+    own_rows(place_of(number, grid, shape, mask)) -> place_of(number, grid, shape, mask)
+skeleton  cluster  blocks that take places of their own
+    make_walk(config.block_rows, traits, cluster) -> make_walk(config.block_rows, traits)
+blocks  cluster  clusters that are counted as blocks
+    cluster, clusters = mov_clusterid_x(), mov_nclusterid_x() -> cluster = clusters = mov_ctaid_x()
 turns  overlap  a turn for oneself
     following = 0 if group == last else group + 1 -> following = group
 turns  overlap  turns and meetings in one place
@@ -393,7 +432,7 @@ turns  overlap  turns and meetings in one place
 def ideas() -> list:
     """(part, mutation, problems) of IDEAS."""
     parts = {part.rpartition("/")[2]: part for part in CHAIN if part.split("/")[1] == "wgmma"}
-    parts |= {"rows": "tiles/mma/softmax", "row_ends": "tiles/rows"}
+    parts |= {"rows": "tiles/mma/softmax", "row_ends": "tiles/rows", "blocks": "tiles/blocks"}
     return [
         pytest.param(parts[part], mutation, (problem,), id=f"{part}: {mutation}")
         for part, problem, mutation in mutations(IDEAS)

@@ -113,6 +113,8 @@ def _large():
         ((1, 9, 400, 4, 1, 64, 64), "packed-overlap", "m64n128w4s2x3", causal),
         ((1, 17, 300, 2, 1, 64, 64), "unpacked-overlap", "m64n128w4s2x2", window),
         ((1, 70, 300, 2, 1, 64, 64), "persistent", "m64n256w4s2", {"alibi_slopes": (2,)}),
+        ((1, 150, 270, 1, 1, 64, 64), "c2-overlap-persistent", "m64n128w4s2", causal),
+        ((1, 150, 280, 1, 1, 128, 256), "c2", "m64n256w4s1", window),
     )
     for i, (shape, switches, tile, options) in enumerate(table):
         dtype = ("float16", "bfloat16")[i % 2]

@@ -12,6 +12,7 @@ import pytest
 
 import numflash
 from bench.points.points import Point
+from numflash import simulator
 from numflash.configs.wgmma import Sm90ForwardConfig
 from numflash.runtime import driver
 from numflash.runtime.devices import ARCHITECTURES
@@ -61,7 +62,7 @@ def _told(row: tuple[str, AttentionCase]) -> tuple:
         config.num_splits,
         config.tile_n,
     )
-    others = config.packed, config.min_blocks, config.fixed, config.l2_bytes
+    others = config.packed, config.min_blocks, config.fixed, config.l2_bytes, config.cluster
     features = [name if name in case.options else None for name in FEATURES]
     return (switches, *numbers, *(str(x) for x in others), case.shape[5], case.inputs, *features)
 
@@ -125,6 +126,7 @@ def test_cases_cover_what_a_config_can_say():
     assert seen["packed"] == {None, True, False} and seen["min_blocks"] == {0, 2}
     assert {c.fixed for c in configs} == {False, True}
     assert {c.l2_bytes for c in configs} == {128, 256}
+    assert {c.cluster for c in configs} == {1, 2}
     switches = {(c.overlap, c.persistent) for c in configs if not c.pingpong}
     switches_of_turns = {(c.overlap, c.persistent) for c in configs if c.pingpong}
     every = {(a, b) for a in (False, True) for b in (False, True)}
@@ -136,10 +138,11 @@ def test_cases_cover_what_a_config_can_say():
 ORDERS = [
     ("sm90-m64n32w4s2-overlap-persistent", (1, 100, 70, 1, 1, 32, 32)),
     ("sm90-m128n32w8s2-overlap-pingpong", (1, 90, 70, 1, 1, 32, 32)),
+    ("sm90-m64n32w4s2-c2-overlap-persistent", (1, 150, 70, 1, 1, 32, 32)),
 ]
 
 
-@pytest.mark.parametrize(("config", "shape"), some(ORDERS, ORDERS[1]))
+@pytest.mark.parametrize(("config", "shape"), some(ORDERS, *ORDERS[1:]))
 def test_no_order_of_threads_changes_a_bit(config, shape, monkeypatch):
     case = AttentionCase("order", shape, "float16", options={"causal": True})
     q, k, v, _ = case.arrays().values()
@@ -174,6 +177,25 @@ def test_blocks_take_several_tiles_of_rows(name, num_sms, grid):
     report = report_of(case, "sm90-m64n32w4s2-h1-unpacked-overlap-persistent")
     assert report.passed, f"\n{report}"
     assert blocks == list(range(num_sms))
+
+
+@pytest.mark.parametrize(("num_sms", "num_blocks"), some([(1, 2), (2, 2), (5, 4)], (5, 4)))
+@pytest.mark.parametrize("name", some(_MANY_TILES, "no-keys-between"))
+def test_clusters_take_several_tiles_of_rows(name, num_sms, num_blocks, grid, monkeypatch):
+    shape, options = _MANY_TILES[name]
+    case = AttentionCase(name, shape, ("float16", "bfloat16")[num_sms % 2], options=options)
+    grid(num_sms)
+    launches, launch = [], simulator.launch
+
+    def noting(kernel, blocks, *more):
+        launches.append(blocks)
+        launch(kernel, blocks, *more)
+
+    monkeypatch.setattr(simulator, "launch", noting)
+    report = report_of(case, "sm90-m64n32w4s2-h1-unpacked-c2-overlap-persistent")
+    assert report.passed, f"\n{report}"
+    # A grid of whole clusters, of which no more run than there are SMs for.
+    assert launches == [num_blocks]
 
 
 PERSISTENT = [

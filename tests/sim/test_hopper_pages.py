@@ -46,6 +46,8 @@ CASES = {
     "packed queries, a window": paged(
         SMALL, 128, (3, 150), (2, 33), options={"window_size": (40, 0)}
     ),
+    "clusters": paged("sm90-m64n64w4s2-c2-overlap-persistent", 8, KEYS, (3, 70, 0, 160)),
+    "clusters, half a tile a page": paged("sm90-m64n64w4s2-c2-overlap", 32, (70, 97), 40),
     "grouped heads": paged("sm90-m64n64w4s2-unpacked-persistent", 64, (20, 70), 2, (4, 2)),
     "grouped heads, packed rows": paged(
         "sm90-m64n64w4s2-packed-overlap-persistent", 8, (20, 91), 3, (8, 2), (64, 64)

@@ -45,6 +45,10 @@ CASES = {
     "window, top left": Case(
         "m64n16w4s3-overlap", {"window_size": (20, 0)} | TOP_LEFT, dtype="bfloat16"
     ),
+    "clusters": Case("m64n64w4s2-c2-overlap-persistent", CAUSAL, heads=(2, 1)),
+    "clusters, packed": Case(
+        "m64n32w4s2-packed-c2-overlap", {"window_size": (30, 5)}, heads=(4, 1), head_dims=(64, 64)
+    ),
     "two packed": Case("m64n64w4s2-packed-persistent", CAUSAL, heads=(2, 1)),
     "four packed": Case("m64n64w4s2-packed-overlap-persistent", CAUSAL, heads=(4, 1)),
     "four packed, two warpgroups": Case(
@@ -96,7 +100,7 @@ def compare(got, expected, tolerance):
     np.testing.assert_allclose(got[1][seen], expected[1][seen], rtol=0, atol=tolerance)
 
 
-KEPT = ("turns",)
+KEPT = ("turns", "clusters")
 
 
 @pytest.mark.parametrize("name", some(CASES, *KEPT))

@@ -126,7 +126,7 @@ def visible_scores(problem: ProblemClass) -> int:
 
 
 def lay(problem: ProblemClass, config: Config) -> Grid:
-    """The blocks of a tiled kernel.
+    """The blocks of a tiled kernel; clusters count as one each, where there are any.
 
     Args:
         problem: the class.
@@ -136,8 +136,13 @@ def lay(problem: ProblemClass, config: Config) -> Grid:
         return _lay_list(problem, config)
     order = getattr(config, "blocks_order", None) or order_of(config)
     packed = 1 if owns_keys(order) else heads_packed(problem, config)
-    tiles = config.row_tile, config.column_tile
+    tiles = rows_of(config), config.column_tile
     return _laid(problem, order, *tiles, packed, getattr(config, "num_splits", 1))
+
+
+def rows_of(config: Config) -> int:
+    """Rows of a block, or of a cluster."""
+    return getattr(config, "cluster", 1) * config.row_tile
 
 
 @lru_cache(maxsize=1024)
@@ -163,7 +168,7 @@ def _laid(
 def _lay_list(problem: ProblemClass, config: Config) -> Grid:
     """The blocks of a kernel that goes through a list of tiles."""
     entries = len(sequences_of(problem).seqlens_q)
-    heads, tiles = problem.batch_heads // entries, (config.row_tile, config.column_tile)
+    heads, tiles = problem.batch_heads // entries, (rows_of(config), config.column_tile)
     if problem.family in ("forward", "backward-dq"):
         packed = heads_packed(problem, config)
         shares = 0
@@ -304,11 +309,11 @@ def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, 
         problem: the class.
         config: the kernel's.
         grid: its blocks.
-        slots: blocks that run at once.
+        slots: blocks that run at once; those of a cluster read what they share once.
         l2: bytes of the L2 cache.
     """
     traits = problem.traits
-    least = io_bytes(problem)
+    least, slots = io_bytes(problem), slots // getattr(config, "cluster", 1)
     d, size = traits.head_dim + traits.head_dim_v, traits.dtype_bytes
     by_queries = problem.family in ("forward", "backward-dq")
     walked = problem.seqlen_k if by_queries else problem.seqlen_q * problem.group_size

@@ -24,7 +24,7 @@ itself with a causal mask. Its assembler overlaps less than the instructions wou
 ours does better, `overlap` is worth more than is said here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -309,6 +309,15 @@ def _stall(config: Sm90ForwardConfig, turn: Turn, clocks: float, latency: float)
     return max(0.0, of_k) + max(0.0, of_v)
 
 
+def _of_clusters(machine: Machine, config: Sm90ForwardConfig) -> Machine:
+    """The machine with an SM for each cluster that it has SMs for.
+
+    The blocks of a cluster go through the same stages at once, on as many SMs, which all have as
+    much to do as one. For all of them K and V are read once from the L2, whose bandwidth is left.
+    """
+    return replace(machine, num_sms=machine.num_sms // config.cluster)
+
+
 class _Costs(NamedTuple):
     """What a launch costs: its blocks, the clocks of one, of a turn, and bytes from memory."""
 
@@ -328,12 +337,13 @@ def _costs(
 ) -> _Costs:
     if not machine.wgmma_f16:
         raise ValueError(f"{machine.name} has no wgmma, which {config} needs")
+    machine = _of_clusters(machine, config)
     grid, groups = lay(problem, config), config.num_warpgroups
     places, traits = grid.blocks, problem.traits
     resident = min(fit, -(-places // machine.num_sms))
     slots = machine.num_sms * resident
     turn = _turn(machine, config, traits, work, l2_share(machine, places))
-    from_memory = memory_bytes(problem, config, grid, slots, machine.l2_bytes)
+    from_memory = memory_bytes(problem, config, grid, slots * config.cluster, machine.l2_bytes)
     fetched = config.tile_n * (traits.head_dim + traits.head_dim_v) * traits.dtype_bytes
     at_once = min(slots, places * problem.group_size / problem.batch_heads)
     missed = min(1.0, at_once * from_memory / max(1.0, places * grid.mean_tiles * fetched))
@@ -374,9 +384,11 @@ def _predicted(
     costs = _costs(machine, problem, config, work, fit, slower)
     grid, clocks, turn, from_memory = costs
     places, groups = grid.blocks, config.num_warpgroups
+    in_flight = heads_in_flight(problem, grid, config, machine)
+    machine = _of_clusters(machine, config)
     slots = machine.num_sms * clocks.resident
     if config.persistent:
-        tiles, walks = dealt_out(grid, heads_in_flight(problem, grid, config, machine), slots)
+        tiles, walks = dealt_out(grid, in_flight, slots)
         spread = clocks.start + clocks.places(tiles, walks)
     else:
         spread = closed_form(grid, machine.num_sms, clocks.resident, clocks.place)

@@ -60,14 +60,15 @@ def program_of(config: Config, traits: Traits, walks: int | Sequence[Walk]) -> P
         walks: tiles that the block walks over, or a `Walk` for each tile of rows of its own.
 
     Raises:
-        ValueError: no program is known for the config, or its blocks walk only once.
+        ValueError: no program is known for the config, as of blocks in clusters, or its blocks
+            walk only once.
 
     Example:
         >>> program_of(config, traits, 8).roles["producer"]()
     """
     walks = (Walk(walks),) if isinstance(walks, int) else tuple(walks)
     kind = type(config)
-    if kind not in _PROGRAMS:
+    if kind not in _PROGRAMS or getattr(config, "cluster", 1) > 1:
         raise ValueError(f"no program is known for the kernel of {config.family} {config}")
     if len(walks) != 1 and kind not in _WALK_OFTEN:
         raise ValueError(f"a block of {config.family} {config} walks once, got {len(walks)} walks")

@@ -112,7 +112,8 @@ class Session:
         unknown = [guide.unknown(problem) for problem in problems if self.measurer is None]
         if why := next(filter(None, unknown), None):
             raise ValueError(why)
-        spaces = [Space(problem, self.machine, self.options.budgets) for problem in problems]
+        about = self.machine, self.options.budgets, self.measurer is not None
+        spaces = [Space(problem, *about) for problem in problems]
         spaces = [space for space in spaces if space.runs]
         if self.measurer is None:
             # One kernel for all gradients runs only where it was measured to be faster.

@@ -89,11 +89,13 @@ class Space:
         problem: the class.
         machine: the GPU.
         budgets: the user's.
+        is_measured: whether a GPU judges, or else the model.
     """
 
     problem: ProblemClass
     machine: Machine
     budgets: Budgets = field(default_factory=Budgets)
+    is_measured: bool = False
 
     @cached_property
     def default(self) -> Config:
@@ -210,7 +212,7 @@ class Space:
     def products(self) -> tuple[dict[str, tuple], ...]:
         """The dimensions of each product of which the space is the union; names are the same."""
         packed = rows_packed(self._stands_for) if self.problem.family == "forward" else 1
-        return products(self.problem, self.machine, self.default, packed)
+        return products(self.problem, self.machine, self.default, packed, self.is_measured)
 
     def _make(self, values: dict) -> Config:
         family, default = self.problem.family, self.default
@@ -237,7 +239,7 @@ class Space:
         if (why := self._torn(config)) is not None:
             return "rows of a warpgroup", ("invalid", why)
         if row.needs_maps and self.problem.page_size:
-            why = torn_pages(self.problem.page_size, config.stage_n)
+            why = torn_pages(self.problem.page_size, config.box_n)
             if why is not None:
                 return "pages", ("invalid", why)
         if (why := self._idle(config)) is not None:

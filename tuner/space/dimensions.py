@@ -29,6 +29,7 @@ HOPPER_ONLY = {
     "pingpong": False,
     "persistent": False,
     "consumer_registers": 0,
+    "cluster": 1,
     "roles": False,
 }
 """Fields that only configs for Hopper have, with the values that all others count as."""
@@ -52,13 +53,18 @@ _WALKED_TILES = (32, 48, 64, 80, 96, 128, 160, 192)
 _FP8_TILES_N = {1: (64, 128, 192, 256), 2: (32, 64, 96, 128, 192, 256)}
 """By bytes of an operand: keys of a tile on 8-bit floats; rows of V are 64 bytes, or several."""
 _HOPPER_FP8_TILES_N = (64, 128, 256)
+_CLUSTERS = (1, 2)
 _STAGES_OF_V = (0, 2, 3)
 """Of the forward: buffers of V where K has others; 0 is as many as K."""
 _OFF_ON = (False, True)
 
 
 def products(
-    problem: ProblemClass, machine: Machine, default: Config, rows_packed: int
+    problem: ProblemClass,
+    machine: Machine,
+    default: Config,
+    rows_packed: int,
+    is_measured: bool = False,
 ) -> tuple[dict[str, tuple], ...]:
     """Name -> choices in order, of each product whose union is the space; names are the same.
 
@@ -67,18 +73,20 @@ def products(
         machine: the GPU.
         default: the config that runs untuned; its choices are among those of one product.
         rows_packed: query heads that the forward packs by rule.
+        is_measured: whether a GPU judges. Only then clusters are tried, which no GPU has run yet:
+            what is predicted alone is never one.
     """
     row = implementation_of(default)
     if not row.has_tensor_cores:
         found = [_portable(problem.family)]
     elif problem.traits.fp8:
-        found = _fp8(problem, machine, default, rows_packed)
+        found = _fp8(problem, machine, default, rows_packed, is_measured)
     elif has_wgmma(problem, machine):
         laid_out = _layouts(problem, machine, rows_packed)
         # Bulk copies store whole results of sequences, never parts.
         unsplit = {"num_splits": (1,)} if problem.traits.ragged else {}
         if problem.family == Sm90ForwardConfig.family:
-            found = [_hopper(groups) | laid_out | unsplit for groups in (1, 2, 3)]
+            found = [_hopper(groups, is_measured) | laid_out | unsplit for groups in (1, 2, 3)]
         else:
             found = [_hopper_backward(problem.family, groups) for groups in (1, 2, 3)]
             if problem.family == "backward-dkdv":
@@ -152,7 +160,7 @@ def _mma(family: str) -> dict[str, tuple]:
     return dimensions
 
 
-def _hopper(num_warpgroups: int) -> dict[str, tuple]:
+def _hopper(num_warpgroups: int, is_measured: bool) -> dict[str, tuple]:
     """The dimensions for so many warpgroups that multiply."""
     return {
         "generation": ("sm90",),
@@ -166,11 +174,12 @@ def _hopper(num_warpgroups: int) -> dict[str, tuple]:
         "pingpong": _OFF_ON if num_warpgroups > 1 else (False,),
         "persistent": _OFF_ON,
         "consumer_registers": (0, *_FEWER_REGISTERS[num_warpgroups]),
+        "cluster": _CLUSTERS if is_measured else (1,),
     }
 
 
 def _fp8(
-    problem: ProblemClass, machine: Machine, default: Config, rows_packed: int
+    problem: ProblemClass, machine: Machine, default: Config, rows_packed: int, is_measured: bool
 ) -> list[dict[str, tuple]]:
     """The products of the forward on 8-bit floats.
 
@@ -185,7 +194,7 @@ def _fp8(
     found = []
     if has_wgmma(problem, machine):
         tiles = {"tile_n": _HOPPER_FP8_TILES_N, "v_stages": (0,), "half": (False,)}
-        found = [_hopper(groups) | tiles | laid_out for groups in (1, 2, 3)]
+        found = [_hopper(groups, is_measured) | tiles | laid_out for groups in (1, 2, 3)]
     off = {name: (HOPPER_ONLY[name],) for name in found[0] if name in HOPPER_ONLY} if found else {}
     for half in halves:
         of_codes = generation == "sm89" and not half

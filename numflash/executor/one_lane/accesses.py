@@ -7,7 +7,7 @@ from numflash.executor.types import BITS, DTYPES, name_of
 MAKERS = Makers()
 _SPACES = "global shared shared::cta shared::cluster param local const generic"
 WIDE_SCOPES = ("gpu", "sys")
-"""The scopes that other blocks of a grid are in; a cluster has one block."""
+"""The scopes that other blocks of a grid are in. The blocks of a cluster are followed as one."""
 _HINTS = (
     "relaxed weak volatile acquire release cta gpu sys cluster nc ca cg cs lu cv wb wt "
     "L1::evict_first L1::evict_last L1::no_allocate L1::evict_normal L1::evict_unchanged "
@@ -17,7 +17,7 @@ _HINTS = (
 
 def _access(making) -> tuple[str, str, int]:
     """(memory space, type, elements) of a load or store."""
-    space = (making.first_of(_SPACES.split()) or "generic").split("::")[0]
+    space = (making.first_of(_SPACES.split()) or "generic").removesuffix("::cta")
     count = making.first_of(("v2", "v4", "v8"))
     making.check_operands(3 if making.has("L2::cache_hint") else 2)
     return space, making.types[-1], int(count[1]) if count else 1

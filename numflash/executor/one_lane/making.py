@@ -26,10 +26,17 @@ class Sources:
     Args:
         register_types: of an entry.
         address_of: gives the address of a variable or parameter by its name.
+        in_window: variables whose addresses are those in the window of a block: see `memory`.
     """
 
-    def __init__(self, register_types: list[str], address_of: Callable[[str], int]):
+    def __init__(
+        self,
+        register_types: list[str],
+        address_of: Callable[[str], int],
+        in_window: frozenset[str],
+    ):
         self.register_types, self.address_of = register_types, address_of
+        self.in_window = in_window
         self.constants: list[np.ndarray] = []
         self._numbers: dict[tuple, int] = {}
 
@@ -51,7 +58,7 @@ class Sources:
         if isinstance(operand, Immediate):
             return self.constant(bits_of(operand, type_), dtype)
         if isinstance(operand, Symbol):
-            return self.constant(self.address_of(operand.name) + operand.offset, dtype)
+            return self._address(operand, 0, dtype)
         if isinstance(operand, Special):
             if operand.name not in NAMES:
                 raise UnknownError(
@@ -83,12 +90,17 @@ class Sources:
         """The addresses of a memory operand, int64."""
         base = memory.base
         if isinstance(base, Symbol):
-            return self.constant(self.address_of(base.name) + base.offset + memory.offset, i8)
+            return self._address(base, memory.offset, i8)
         if isinstance(base, Immediate):
             return self.constant(base.integer() + memory.offset, i8)
         bits = 8 * TYPE_BYTES[self.register_types[base.number]]
         text = f"{self.value(base, f'b{bits}')}.astype(a.i8)"
         return f"({text}+{memory.offset})" if memory.offset else text
+
+    def _address(self, symbol: Symbol, offset: int, dtype) -> str:
+        """The address of a variable or parameter, and bytes behind it."""
+        address = self.constant(self.address_of(symbol.name) + symbol.offset + offset, dtype)
+        return f"({address}+w.block.window)" if symbol.name in self.in_window else address
 
 
 class Making:

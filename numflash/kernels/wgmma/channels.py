@@ -19,7 +19,9 @@ the phase that must have ended. `make_channel` gives a kernel its verbs:
     by one thread, before all others
         init(barriers)                        make the mbarriers
 
-A bulk copy completes at the mbarrier `full` + stage.
+A bulk copy completes at the mbarrier `full` + stage. Where the producers of a cluster's blocks
+fill each other's buffers, a buffer may be filled when it is empty in all of them: `empty` counts
+the readers of all blocks, and a release arrives in each.
 """
 
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from functools import cache
 from typing import NamedTuple
 
 from numflash.ptx import cuda, device_function, i32, mov_tid_x, u32
+from numflash.ptx.clusters import mbarrier_arrive_remote
 from numflash.ptx.mbarriers import (
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
@@ -54,9 +57,15 @@ class Channel(NamedTuple):
 
 @cache
 def make_channel(
-    full: int, empty: int, stages: int, arrivals: int = 4, readers: int = 1, writers: int = 1
+    full: int,
+    empty: int,
+    stages: int,
+    arrivals: int = 4,
+    readers: int = 1,
+    writers: int = 1,
+    cluster: int = 1,
 ):
-    """The channel of `stages` buffers, each read by `readers` warpgroups.
+    """The channel of `stages` buffers, each read by `readers` warpgroups of `cluster` blocks.
 
     A buffer is full when `writers` threads have arrived at `full` + stage: one that expects bytes,
     or one of each warp that writes by itself.
@@ -76,7 +85,7 @@ def make_channel(
     def init(barriers):
         for stage in range(stages):
             mbarrier_init(barriers, full + stage, writers)
-            mbarrier_init(barriers, empty + stage, arrivals * readers)
+            mbarrier_init(barriers, empty + stage, arrivals * readers * cluster)
 
     @device_function
     def claim(barriers, stage, parity):
@@ -103,7 +112,11 @@ def make_channel(
     @device_function
     def release(barriers, stage):
         # Hazard: the caller must have waited for its products, which read the buffer until then.
-        if mov_tid_x() % threads == 0:
+        if cluster > 1:
+            block = u32(mov_tid_x() % threads)
+            if block < cluster:
+                mbarrier_arrive_remote(barriers, empty + stage, block)
+        elif mov_tid_x() % threads == 0:
             mbarrier_arrive(barriers, empty + stage)
 
     @device_function

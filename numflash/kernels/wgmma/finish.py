@@ -12,6 +12,7 @@ from numflash.tiles.mma import softmax
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
 from numflash.tiles.mma.softmax import row_sum_of_quad
 from numflash.tiles.portable.softmax import LN_2
+from numflash.tiles.wgmma import clusters
 from numflash.tiles.wgmma.results import make_store_part, make_store_slabs
 from numflash.tiles.wgmma.turns import group_of_thread
 
@@ -20,16 +21,18 @@ from numflash.tiles.wgmma.turns import group_of_thread
 def make_finish(config: Sm90ForwardConfig, traits: Traits):
     """finish(sums, max_scale, smem, results, number, grid, shape, layout, mask)
 
-    O divided by its sums and lse, of the rows of this warpgroup; `number` is the block's place.
-    `sums` are its `Sums` (`skeleton`); max_scale brings row_max to base 2. `results` are out, a
-    `Part`, lse, the map of out and the record `Features`; `grid` is a `Grid`, `shape` a `Shape`. O
-    is on its way through shared memory afterwards (`make_store_slabs`), or in `out` where that is
-    float32: with splits, or because the caller wants it.
+    O divided by its sums and lse, of the rows of this warpgroup; `number` is the place of the
+    block, or of its cluster. `sums` are its `Sums` (`skeleton`); max_scale brings row_max to base
+    2. `results` are out, a `Part`, lse, the map of out and the record `Features`; `grid` is a
+    `Grid`, `shape` a `Shape`. O is on its way through shared memory afterwards
+    (`make_store_slabs`), or in `out` where that is float32: with splits, or because the caller
+    wants it.
     """
     o = make_ring(config, traits).o
     is_split = config.num_splits > 1
     o_tiles = traits.head_dim_v // 8
-    place_of = blocks.make_place_of(config.tile_m, traits)
+    place_of = blocks.make_place_of(config.block_rows, traits)
+    own_rows = clusters.make_own_rows(config.cluster, config.tile_m, traits)
     sequence_of = sequences.make_sequence_of(traits)
     _, origin_of_out = make_origins(traits)
     first_of_lse = addresses.make_first_of_lse(traits)
@@ -42,7 +45,7 @@ def make_finish(config: Sm90ForwardConfig, traits: Traits):
     def finish(sums, max_scale, smem, results, number, grid, shape, layout, mask):
         o_acc, row_max, row_sum = sums
         out, lse, out_map, features = results
-        pack, place = grid.pack, place_of(number, grid, shape, mask)
+        pack, place = grid.pack, own_rows(place_of(number, grid, shape, mask))
         m_start, head, _, batch, split = place[:5]
         sequence = sequence_of(place, shape, mask)
         num_rows = i32(sequence.seqlen_q * pack)

@@ -84,7 +84,8 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
             scale_log2 = scores.scale * LOG2_E
         run_block(results, maps, in_fp8, mask, shape, layout, scale_log2, scores)
 
-    return Kernel(config.family, forward, config.num_threads, config.smem_bytes(traits))
+    smem_bytes = config.smem_bytes(traits)
+    return Kernel(config.family, forward, config.num_threads, smem_bytes, config.cluster)
 
 
 def make_attend(config: Sm90ForwardConfig, traits: Traits):

@@ -84,7 +84,8 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         # Scores are in base 2 before their maximum is taken.
         run_block(results, maps, in_fp8, mask, shape, layout, f32(1), (descales, scores))
 
-    return Kernel(config.family, forward, config.num_threads, config.smem_bytes(traits))
+    smem_bytes = config.smem_bytes(traits)
+    return Kernel(config.family, forward, config.num_threads, smem_bytes, config.cluster)
 
 
 def _make_look_up(traits: Traits):

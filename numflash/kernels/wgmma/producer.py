@@ -9,14 +9,14 @@ from numflash.ptx import device_function, i32, u32
 from numflash.ptx.bulk_copies import (
     EVICT_FIRST,
     EVICT_LAST,
-    cp_async_bulk_tensor_4d,
     cp_async_bulk_tensor_5d,
     prefetch_tensormap,
 )
 from numflash.tiles import blocks, sequences, steps
 from numflash.tiles.addresses import token_of_row
-from numflash.tiles.blocks import next_place
+from numflash.tiles.blocks import next_place, next_place_of_cluster
 from numflash.tiles.selected import make_is_computed
+from numflash.tiles.wgmma import clusters
 from numflash.tiles.wgmma.products import SLAB_BYTES
 
 
@@ -28,8 +28,8 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     tile of keys, each as soon as its buffer is empty. `maps` are those of Q, K and V; `work` is
     the result of `walk`, a `Grid`, and the kernel's shape, layout, mask and `in_fp8`.
     """
-    ring, stage_n = make_ring(config, traits), config.stage_n
-    num_groups, num_stages = config.num_warpgroups, config.num_stages
+    ring, stage_n, box_n = make_ring(config, traits), config.stage_n, config.box_n
+    num_groups, num_stages, cluster = config.num_warpgroups, config.num_stages, config.cluster
     Q, K, V, q, k, v = ring.Q, ring.K, ring.V, ring.q, ring.k, ring.v
     begin, following = ring.begin, ring.following
     q_bytes, k_bytes, v_bytes = u32(ring.q_bytes), u32(ring.k_bytes), u32(ring.v_bytes)
@@ -37,7 +37,13 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     columns_innermost = not traits.fp8
     k_slabs, v_slabs = config.slabs(traits.head_dim), config.v_slabs(traits)
     v_slab_words = v.words // v_slabs
-    place_of = blocks.make_place_of(config.tile_m, traits)
+    place_of = blocks.make_place_of(config.block_rows, traits)
+    following_place = next_place if cluster == 1 else next_place_of_cluster
+    own_rows = clusters.make_own_rows(cluster, config.tile_m, traits)
+    load_4d, load_5d = clusters.make_loads(cluster)
+    # Of each slab a block fetches its share of the rows: of keys, or of V's columns in 8 bits.
+    first_key = clusters.make_share(cluster, stage_n)
+    first_column = clusters.make_share(cluster, traits.head_dim_v)
     keys_of = steps.make_keys_of(config, traits)
     is_computed = make_is_computed(traits)
     tile_at, sequence_of = steps.make_tile_at(traits, stage_n), sequences.make_sequence_of(traits)
@@ -71,63 +77,68 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     @device_function
     def fetch_k(smem, barriers, k_map, stage, parity, n, head, origin, pages):
         key, full = i32(n * stage_n + origin.row), K.full + stage
+        first = first_key()
+        key = i32(key + first)
         # Hazard: this K would overwrite the one that a warpgroup still multiplies.
         K.claim(barriers, stage, parity)
         # Hazard: K would count as full before all of its slabs have arrived.
         K.expect(barriers, stage, k_bytes)
         for slab in range(k_slabs):
-            target = i32(k.first + stage * k.words + slab * stage_n * SLAB_WORDS)
+            target = i32(k.first + stage * k.words + (slab * stage_n + first) * SLAB_WORDS)
             column = i32(slab * slab_elements)
-            cp_async_bulk_tensor_4d(
+            load_4d(
                 smem, target, k_map, barriers, full, EVICT_LAST, column, key, head, origin.entry
             )
 
     @device_function
     def fetch_v(smem, barriers, v_map, stage, parity, n, head, origin, pages):
         key, full = i32(n * stage_n + origin.row), V.full + stage
+        first = first_key() if columns_innermost else first_column()
         # Hazard: this V would overwrite the one that a warpgroup still multiplies.
         V.claim(barriers, stage, parity)
         # Hazard: V would count as full before all of its slabs have arrived.
         V.expect(barriers, stage, v_bytes)
         for slab in range(v_slabs):
-            target = i32(v.first + stage * v.words + slab * v_slab_words)
+            target = i32(v.first + stage * v.words + slab * v_slab_words + first * SLAB_WORDS)
             # Slabs are side by side along the axis that is innermost in memory.
-            inner, outer = i32(slab * slab_elements), key
+            inner, outer = i32(slab * slab_elements), i32(key + first)
             if not columns_innermost:
-                inner, outer = i32(key + slab * slab_elements), i32(0)
-            cp_async_bulk_tensor_4d(
+                inner, outer = i32(key + slab * slab_elements), first
+            load_4d(
                 smem, target, v_map, barriers, full, EVICT_LAST, inner, outer, head, origin.entry
             )
 
     @device_function
     def fetch_paged_k(smem, barriers, k_map, stage, parity, n, head, keys, pages):
         # A box is a page's part of the stage: rows x SLAB_WORDS words, one below the other.
-        rows, full = min(pages.size, stage_n), K.full + stage
+        rows, full = min(pages.size, box_n), K.full + stage
         # Hazard: this K would overwrite the one that a warpgroup still multiplies.
         K.claim(barriers, stage, parity)
         # Hazard: K would count as full before all boxes of all pages have arrived.
         K.expect(barriers, stage, k_bytes)
-        for first in range(0, stage_n, rows):
+        share = first_key()
+        for first in range(share, share + box_n, rows):
             x, y, page = box_in_pages(i32(n * stage_n + first), keys, pages)
             for slab in range(k_slabs):
                 target = i32(k.first + stage * k.words + (slab * stage_n + first) * SLAB_WORDS)
                 at = i32(slab * slab_elements), x, head, y, page
-                cp_async_bulk_tensor_5d(smem, target, k_map, barriers, full, EVICT_LAST, *at)
+                load_5d(smem, target, k_map, barriers, full, EVICT_LAST, *at)
 
     @device_function
     def fetch_paged_v(smem, barriers, v_map, stage, parity, n, head, keys, pages):
         # As of K: V's rows are keys, too.
-        rows, full = min(pages.size, stage_n), V.full + stage
+        rows, full = min(pages.size, box_n), V.full + stage
         # Hazard: this V would overwrite the one that a warpgroup still multiplies.
         V.claim(barriers, stage, parity)
         # Hazard: V would count as full before all boxes of all pages have arrived.
         V.expect(barriers, stage, v_bytes)
-        for first in range(0, stage_n, rows):
+        share = first_key()
+        for first in range(share, share + box_n, rows):
             x, y, page = box_in_pages(i32(n * stage_n + first), keys, pages)
             for slab in range(v_slabs):
                 target = i32(v.first + stage * v.words + slab * v_slab_words + first * SLAB_WORDS)
                 at = i32(slab * slab_elements), x, head, y, page
-                cp_async_bulk_tensor_5d(smem, target, v_map, barriers, full, EVICT_LAST, *at)
+                load_5d(smem, target, v_map, barriers, full, EVICT_LAST, *at)
 
     if traits.paged:
         fetch_k, fetch_v = fetch_paged_k, fetch_paged_v
@@ -145,7 +156,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
         stages, q_parity = begin(u32(1)), u32(1)
         while number < num_places:
             place = place_of(number, grid, shape, mask)
-            m_start, head, head_kv = place.start, place.head, place.head_kv
+            m_start, head, head_kv = own_rows(place).start, place.head, place.head_kv
             sequence = sequence_of(place, shape, mask)
             in_q, in_k, in_v = origins_of_inputs(place, sequence, shape, layout)
             n_begin, n_end = keys_of(place, grid, sequence, mask)
@@ -173,6 +184,6 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
                 if not k_leads and step + 1 < n_end:
                     n, _ = tile_at(mask, step + 1)
                     fetch_k(smem, barriers, k_map, next_k, next_parity, n, head_kv, in_k, pages)
-            number = next_place(number, u32(q_parity ^ u32(1)))
+            number = following_place(number, u32(q_parity ^ u32(1)))
 
     return produce

@@ -2,7 +2,8 @@
 
 K and V have buffers of `stage_n` keys, which all warpgroups read: `num_stages` each, or V others
 (`stages_of_v`). Q and O have one for each warpgroup. Where keys have scales of their own these
-have buffers, too (`key_scales`), as many as K.
+have buffers, too (`key_scales`), as many as K. The blocks of a cluster have the same keys in their
+buffers.
 
 A walk through the buffers of K and V keeps `stages`: (stage, parity) of both where they have
 equally many, otherwise (stage of K, its parity, stage of V, its parity). The first two are always
@@ -74,8 +75,9 @@ def make_ring(config: Sm90ForwardConfig, traits: Traits) -> Ring:
     v_full = k_full + 2 * stages
     # Where O takes Q's place, one thread gives Q back: the one that has stored O.
     q_arrivals = 1 if o_replaces_q else config.arrivals
-    K = make_channel(k_full, k_full + stages, stages, config.arrivals, groups)
-    V = make_channel(v_full, v_full + v_stages, v_stages, config.arrivals, groups)
+    of_keys = {"arrivals": config.arrivals, "readers": groups, "cluster": config.cluster}
+    K = make_channel(k_full, k_full + stages, stages, **of_keys)
+    V = make_channel(v_full, v_full + v_stages, v_stages, **of_keys)
     SCALES = make_no_channel()
     if traits.key_scales:
         full, writers = v_full + 2 * v_stages, config.assisting_threads // 32

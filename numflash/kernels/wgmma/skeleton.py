@@ -9,6 +9,10 @@ rows in the same order, and meet at channels (`channels`) only:
     consumers       for each tile of rows: wait for Q; skip the keys that none of their rows see;
                     attend to those they see; skip the rest; release Q; finish the rows
 
+Where two blocks are a cluster, they are one of twice as many rows to all of this: both walk over
+the same places and keys, each computes its own rows of a place, and each producer fetches half of
+K and V for both (`tiles.wgmma.clusters`).
+
 `attend` is the algorithm, and a forward's own: O, row_max and row_sum of 64 rows, from all the
 stages of keys that they see. `finish` (`finish`) is the only end of a row.
 """
@@ -24,10 +28,11 @@ from numflash.ptx.bulk_copies import cp_async_bulk_wait_group_read
 from numflash.ptx.memory import mov_shared_address
 from numflash.ptx.warpgroups import elect_sync, fence_mbarrier_init, make_setmaxnreg
 from numflash.tiles import blocks, sequences, steps
-from numflash.tiles.blocks import grid_of, next_place
+from numflash.tiles.blocks import grid_of, next_place, next_place_of_cluster
 from numflash.tiles.scores import NEG_INF
 from numflash.tiles.selected import make_is_computed
-from numflash.tiles.wgmma import products, turns
+from numflash.tiles.wgmma import clusters, products, turns
+from numflash.tiles.wgmma.clusters import meet_cluster
 from numflash.tiles.wgmma.scores import Rows
 from numflash.tiles.wgmma.turns import group_of_thread, leads
 
@@ -82,8 +87,11 @@ def make_skeleton(
     give_registers, take_registers = _make_register_exchange(config, traits)
     take_turn, pass_turn, give_first_turn = turns.make_turns(num_groups if config.pingpong else 1)
     produce, finish = make_produce(config, traits), make_finish(config, traits)
-    walk = blocks.make_walk(config.tile_m, traits)
-    place_of = blocks.make_place_of(config.tile_m, traits)
+    cluster = config.cluster
+    walk = blocks.make_walk(config.block_rows, traits, cluster)
+    place_of = blocks.make_place_of(config.block_rows, traits)
+    following_place = next_place if cluster == 1 else next_place_of_cluster
+    own_rows = clusters.make_own_rows(cluster, config.tile_m, traits)
     sequence_of = sequences.make_sequence_of(traits)
     keys_of = steps.make_keys_of(config, traits)
     is_computed = make_is_computed(traits)
@@ -125,6 +133,7 @@ def make_skeleton(
             if not is_computed(in_fp8, place, shape):
                 # Of a head of another kernel's nothing but Q is fetched, and nothing is stored.
                 n_end = n_begin
+            place = own_rows(place)
             row = i32(place.start + WARPGROUP_ROWS * group)
             first, end = keys_of_part(row, n_begin, n_end, grid, sequence)
             whole = whole_keys(row, grid, sequence)
@@ -166,7 +175,7 @@ def make_skeleton(
                     cp_async_bulk_wait_group_read()
                 # Hazard: before that wait the next Q would overwrite O.
                 Q.release(barriers, group_of_thread())
-            number = next_place(number, q_parity)
+            number = following_place(number, q_parity)
         if leads():
             # Hazard: shared memory is gone once the block has ended, and a copy may still read O.
             cp_async_bulk_wait_group_read()
@@ -182,8 +191,13 @@ def make_skeleton(
             SCALES.init(barriers)
             # Hazard: bulk copies would not see the mbarriers at which they complete.
             fence_mbarrier_init()
-        # Hazard: a thread would wait at an mbarrier that has not been made.
-        cuda.syncthreads()
+        if cluster > 1:
+            # Hazard: a thread would wait, or a block's copy or release arrive in the other one, at
+            # an mbarrier that has not been made.
+            meet_cluster()
+        else:
+            # Hazard: a thread would wait at an mbarrier that has not been made.
+            cuda.syncthreads()
 
         grid = grid_of(shape, layout)
         work = walk(grid, shape), grid, shape, layout, mask, in_fp8
@@ -201,6 +215,10 @@ def make_skeleton(
             # Hazard: without it accumulators would not fit into a thread's registers.
             take_registers()
             consume(smem, barriers, results, work, max_scale, given)
+        if cluster > 1:
+            # Hazard: shared memory is gone once a block has ended, and the other may still release
+            # a buffer there.
+            meet_cluster()
 
     return run_block
 

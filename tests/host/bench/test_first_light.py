@@ -179,7 +179,7 @@ def _configs(name):
 def test_every_question_is_of_configs_that_can_be_forced(steps):
     asked = [step for step in steps if step["section"] == plan.QUESTIONS and "labels" in step]
     titles = {step["title"].split()[0] for step in asked}
-    assert titles == {"overlap", "pingpong", "v_stages", "gradients"}
+    assert titles == {"overlap", "pingpong", "v_stages", "gradients", "cluster"}
     changed = set()
     for step in asked:
         traits = static.traits_of("bfloat16", step["point"]["head_dim"])
@@ -211,7 +211,11 @@ def test_every_question_is_of_configs_that_can_be_forced(steps):
             )
             assert field in step["title"]
             changed.add((field, getattr(each, field)))
-    assert {("tile_n", 176), ("v_stages", 3)} <= changed
+    assert {("tile_n", 176), ("v_stages", 3), ("cluster", 2)} <= changed
+    # Blocks that wait for each other may hang: nothing comes behind them.
+    assert [each for each in steps if any("-c2" in name for name in each.get("peers", ()))] == [
+        steps[-1]
+    ]
 
 
 @pytest.mark.parametrize(

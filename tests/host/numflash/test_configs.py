@@ -99,6 +99,8 @@ HOPPER_TEXTS = [
     "sm90-m64n128w4s2x2-h2-a1-l128-overlap-persistent-fixed",
     "sm90-m128n128w8s2-r232-l128-pingpong",
     "sm90-m64n128w4s2-fixed",
+    "sm90-m128n128w8s2-v3-a1-l128-c2-overlap",
+    "sm90-m128n80w8s2-c2-overlap-persistent",
 ]
 
 
@@ -111,6 +113,8 @@ def test_a_config_for_hopper_round_trips_through_its_string(text):
         assert getattr(config, name) is (name in text)
     assert config.l2_bytes == (128 if "-l128" in text else 256)
     assert config.arrivals == (1 if "-a1" in text else 4)
+    assert config.cluster == (2 if "-c2" in text else 1)
+    assert config.block_rows == config.cluster * config.tile_m
     # Splits, packing, order and tensor maps are arguments: the machine code is shared.
     arguments = {"packed": None, "heads_in_flight": 0, "l2_bytes": 256}
     assert config.compiled == replace(config, num_splits=config.compiled.num_splits, **arguments)
@@ -134,6 +138,9 @@ def test_a_config_for_hopper_round_trips_through_its_string(text):
         ("sm90-m128n64w8s1-a2", "a warpgroup arrives 2 times; it can only do so 1 or 4 times"),
         ("sm90-m128n64w8s1-a4", "a forward config must look like sm90-"),
         ("sm90-m128n64w8s1-a1-r232", "a forward config must look like sm90-"),
+        ("sm90-m64n64w4s1-c4", "a cluster has 1 block or 2, not 4"),
+        ("sm90-m64n64w4s1-c1", "a forward config must look like sm90-"),
+        ("sm90-m128n64w8s1-r232-c2", "232 is the usual number of consumer_registers"),
         ("sm90-m64n64w4s1-l64", "the L2 cache fetches 128 or 256 bytes, not 64"),
         ("sm90-m64n64w4s1-l256", "a forward config must look like sm90-"),
         ("sm90-m64n64w4s1-l128-a1", "a forward config must look like sm90-"),
@@ -148,6 +155,14 @@ def test_a_wrong_config_for_hopper_is_refused(text, words):
     with pytest.raises(ValueError) as error:
         parse_config("forward", text)
     assert words in str(error.value)
+
+
+def test_the_rows_of_a_cluster_are_what_must_fit():
+    pairs = parse_config("forward", "sm90-m64n64w4s1-c2")
+    blocks = Traits("float16", 64, 64, blocks=(64, 64))
+    assert "tiles of 128 queries do not divide" in pairs.misfit(blocks)
+    assert pairs.misfit(replace(blocks, blocks=(128, 64))) is None
+    assert replace(pairs, cluster=1).misfit(blocks) is None
 
 
 def test_splits_share_their_machine_code_but_not_with_a_forward_that_is_not_split():

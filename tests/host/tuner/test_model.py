@@ -320,6 +320,23 @@ def test_the_best_tiles_on_an_a100_are_those_of_flash_attention_2(traits, best):
     assert set(order[:2]) == best
 
 
+def test_a_cluster_reads_keys_from_the_l2_once():
+    """Without a mask as if the L2 were twice as fast; with one its blocks wait for each other."""
+    h200 = machines.find("H200")
+    twice = replace(h200, l2_bytes_per_clock=2 * h200.l2_bytes_per_clock)
+    config = parse_config("forward", "sm90-m128n80w8s2-overlap-persistent")
+    pairs, gains = replace(config, cluster=2), {}
+    for mask in ("full", "causal"):
+        text = f"forward bfloat16-d256-dv256-vec {mask} q4096 k4096 bh32 g1"
+        problem = ProblemClass.parse(text)
+        alone, together = (model.estimate(h200, problem, each).ms for each in (config, pairs))
+        if mask == "full":
+            faster = model.estimate(twice, problem, config).ms
+            assert together == pytest.approx(faster, rel=0.005)
+        gains[mask] = alone / together
+    assert gains["full"] > 1.05 > gains["causal"]
+
+
 def test_products_and_softmax_follow_each_other():
     problem, text = problem_class(traits="float16-d64-dv64-vec"), "m128n128w4s1"
     found = model.estimate(A100, problem, config_of(A100, "forward", text))

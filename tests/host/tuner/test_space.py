@@ -266,6 +266,17 @@ def test_on_hopper_both_implementations_are_searched():
     assert {64, 80, 112, 176} <= {config.tile_n for config in configs}
 
 
+def test_clusters_are_tried_where_a_gpu_judges_and_nowhere_else():
+    predicted = space(HOPPER, "NVIDIA H200")
+    measured = replace(predicted, is_measured=True)
+    found = [{config.cluster for config in hopper_configs(each)} for each in (predicted, measured)]
+    assert found == [{1}, {1, 2}]
+    # What spills with fewer registers than usual has no other number in clusters.
+    pairs = [config for config in hopper_configs(measured) if config.cluster == 2]
+    assert all(config.registers[1] <= 232 for config in pairs if config.num_warpgroups == 2)
+    assert {value_of(config, "cluster") for config in measured.feasible} == {1, 2}
+
+
 @pytest.mark.parametrize(
     "problem",
     [

@@ -13,7 +13,7 @@ import numpy as np
 from numflash.problem.classes import ProblemClass
 
 from ...lengths import sequences_of
-from ...model.grid import io_bytes, lay, memory_bytes, part_bytes, visible_scores
+from ...model.grid import io_bytes, lay, memory_bytes, part_bytes, rows_of, visible_scores
 from ...model.prediction import multiply_adds
 from ...space.machines import Machine
 from ..asked import Asked, Kernel, NotShownError
@@ -112,7 +112,7 @@ def find(asked: Asked) -> BytesFacts:
     laid = lay(problem, kernel.config)
     moved, parts = _moved(kernel, machine), part_bytes(problem, laid)
     each = 2 * (problem.traits.head_dim + problem.traits.head_dim_v)
-    tile = kernel.config.row_tile * kernel.config.column_tile
+    tile = rows_of(kernel.config) * kernel.config.column_tile
     needed = arrays_bytes(problem)
     ways = {
         "this call": _cost(laid.walks.total * laid.heads * tile * each, moved, needed + parts),

@@ -116,9 +116,11 @@ def laid(asked: Asked, kernel: Kernel) -> Laid:
     """The blocks of a kernel that walks over tiles.
 
     Raises:
-        NotShownError: there are no scores.
+        NotShownError: there are no scores, or blocks are in clusters.
     """
     problem = asked.problem
+    if getattr(kernel.config, "cluster", 1) > 1:
+        raise NotShownError("its blocks are in clusters, and where those work is not drawn")
     if not problem.batch * problem.num_heads_q:
         raise NotShownError("there are no heads, so there is nothing to draw")
     found = _dense(asked, kernel) if problem.lengths is None else _listed(asked, kernel)

@@ -91,6 +91,13 @@ def _few(dispatched):
     return lambda *arguments: dispatched(*arguments, most_played=2000)
 
 
+def test_clusters_are_not_drawn():
+    call = asked("H200", (1, 256, 4, 128), config="sm90-m64n64w4s2-c2")
+    for find in (facts.find, timeline_facts.find):
+        with pytest.raises(NotShownError, match="its blocks are in clusters"):
+            find(call, call.forward)
+
+
 def test_nothing_to_do():
     call = asked_about("no keys")
     with pytest.raises(NotShownError, match="no scores"):
