@@ -26,10 +26,10 @@ The main loop in machine code, a warpgroup and a tile (bfloat16, head_dim 128, 6
      32 MUFU, FFMA       P from S and lse; 8 LDS for lse and delta
      32 FFMA, FMUL       dS from P, dP and delta; 32 F2FP
       4 STSM, 8 STS      dS transposed, and dQ of the tile before
-    238 others           descriptors of products most of all; 450 in all
+    170 others           descriptors of products most of all; 382 in all
 
-At head_dim 64, in tiles of 64 x 192, the warpgroup with dQ issues 422 for 896 clocks, each of the
-other two 326 for 512.
+At head_dim 64, in tiles of 64 x 192, the warpgroup with dQ issues 367 for 896 clocks, each of the
+other two 286 for 512.
 
 Tiles may be those of lists: of sequences with lengths of their own, or of a block mask.
 
@@ -280,6 +280,7 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of)
         _make_tile(config, traits, channels, False, x) for x in (True, False)
     )
     leave_dq = _make_leave_dq(config, traits, channels)
+    slab_words = tile_m * SLAB_BYTES // 4
     finish_dk = make_finish(traits, walk_of, traits.head_dim)
     finish_dv = make_finish(traits, walk_of, traits.head_dim_v)
 
@@ -303,7 +304,10 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of)
         if place.start + tile_n > sequence.seqlen_k:
             # Rows of K past the end are zeros, whose P may be infinite: every tile is masked.
             whole = Whole(whole.first, i32(-1))
-        owned = OwnedKeys(place.start, whole, sequence, from_keys), place.batch, mask
+        keys = OwnedKeys(place.start, whole, sequence, from_keys)
+        # Kept, because it is long to compute: this thread's word in a buffer of dS.
+        ds_place = i32(mov_tid_x() // WARPGROUP * slab_words + transposed_place())
+        owned = keys, place.batch, mask, ds_place
         for i in range(n_dk):
             dk_acc[i] = f32(0)
         for i in range(n_dv):
@@ -339,7 +343,6 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of)
                     next_without(arrays, smem, barriers, owned, at, step, head, scores)
                     stage, parity = Q.following(stage, parity)
                     number = i32(number + 1)
-
         row = accumulator_row(MMA_ROWS)
         finish_dv(dv_acc, dv, row, shape.head_dim_v, mask, shape)
         finish_dk(dk_acc, dk, row, shape.head_dim, mask, shape)
@@ -364,6 +367,7 @@ def _make_leave_dq(config: Sm90BackwardConfig, traits: Traits, channels):
         buffer, parity = dq_buffer(number)
         # Hazard: this dQ would overwrite one that a bulk copy still reads.
         DQ.claim(barriers, buffer, u32(parity ^ u32(1)))
+        # Computed again in each tile: kept, it would be counted up with the buffers.
         mine = mov_tid_x() // WARPGROUP * part + mov_tid_x() % WARPGROUP * 4
         store_steps(0, dq_acc, smem, i32(dq_smem + buffer * words + mine))
         # Hazard: the bulk copy would not see these writes.
@@ -378,24 +382,20 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
     """tile(arrays, smem, barriers, owned, at, step, head, scores): the work on a tile of queries.
 
     `adds` says that this warpgroup computes dQ, `is_first` that no tile was before. `owned` are
-    the block's `OwnedKeys`, its batch entry and the mask, `at` the tile's number, its stage and
-    the parity of the stage's phase.
+    the block's `OwnedKeys`, its batch entry, the mask, and this thread's word in a buffer of dS;
+    `at` are the tile's number, its stage and the parity of the stage's phase.
     """
     _, Q, DO, ROWS, _ = channels
     tile_m, tile_n, dtype = config.tile_m, config.tile_n, traits.dtype
     n_tiles, n_scores = tile_m // 8, tile_m // 2
-    n_dk, n_dv, dq_columns = (
-        traits.head_dim // 2,
-        traits.head_dim_v // 2,
-        config.dq_columns(traits),
-    )
+    n_dk, n_dv = traits.head_dim // 2, traits.head_dim_v // 2
+    dq_columns = config.dq_columns(traits)
     q_of, do_of, k_of, v_of = (
         make_operand_of(matrix_of(config, traits, name)) for name in ("q", "do", "k", "v")
     )
     offsets = config.smem_offsets(traits)
     lse_smem, delta_smem, ds_smem = offsets["lse"], offsets["delta"], offsets["ds"]
     ds_words, num_consumers = config.tiles(traits)["ds"] // 2, 32 * config.num_warps
-    slab_words = ds_words // config.num_warpgroups
     # Operands count in units of 16 bytes.
     ds_step, group_step = ds_words >> 2, WARPGROUP_ROWS * SLAB_BYTES >> 4
     ds_of = products.make_operand(tile_m * SLAB_BYTES, ds_smem)
@@ -432,7 +432,7 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
     @device_function
     def tile(arrays, smem, barriers, owned, at, step, head, scores):
         s_acc, dp_acc, slopes, p_packed, ds_packed, kept, dk_acc, dv_acc, dq_acc = arrays
-        keys, batch, mask = owned
+        keys, batch, mask, ds_place = owned
         number, stage, parity = at
         scale_log2 = LOG2_E
         if not bends:
@@ -474,8 +474,7 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
         gradients(s_acc, dp_acc, smem, delta_smem + own, scores.softmax_scale)
         pack(ds_packed, dp_acc)
         ds_now = stage if alternates else number & 1
-        slab = ds_smem + ds_now * ds_words + group * slab_words
-        store_ds(ds_packed, smem, i32(slab + transposed_place()))
+        store_ds(ds_packed, smem, ds_smem + ds_now * ds_words + ds_place)
         # Hazard: products would not see these writes.
         fence_proxy_async()
         begin_dk(dk_acc, ds_packed, q_now)
