@@ -213,8 +213,7 @@ def _prediction(
     code: MachineCode | None,
 ) -> Prediction | None:
     """The model's prediction; None where it knows no such kernel, or there is nothing to do."""
-    # The model has no rates for products of 8-bit floats.
-    known = asked.family in (*TILED, *ROW_KERNELS) and not asked.traits.fp8
+    known = asked.family in (*TILED, *ROW_KERNELS)
     if not known or not asked.seqlen_q * asked.seqlen_k * asked.batch_heads:
         return None
     # The model plays turns of blocks through tile by tile: of such a call for minutes.

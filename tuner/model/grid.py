@@ -239,7 +239,7 @@ def heads_in_flight(problem: ProblemClass, grid: Grid, config: MmaConfig, machin
     if not in_flight:
         traits = problem.traits
         columns = traits.head_dim + traits.head_dim_v
-        head_bytes = problem.seqlen_k * columns * traits.dtype_bytes
+        head_bytes = problem.seqlen_k * columns * traits.operand_bytes
         fits = machine.l2_bytes // 2 // head_bytes * problem.group_size // grid.packed
         sharing = problem.group_size // grid.packed
         in_flight = heads_of_a_bundle(config, fits, grid.heads, machine.num_sms, sharing)
@@ -282,9 +282,10 @@ def io_bytes(problem: ProblemClass) -> int:
         seqlens_k = sequences_of(problem).seqlens_k
         keys = problem.batch_heads // problem.group_size * sum(seqlens_k) // len(seqlens_k)
     d, dv, size = traits.head_dim, traits.head_dim_v, traits.dtype_bytes
-    rows, columns = queries * d * size, keys * (d + dv) * size
+    rows, columns = queries * d * size, keys * (d + dv) * traits.operand_bytes
     if problem.family == "forward":
-        return rows + columns + queries * (dv * size + _FLOAT_BYTES)
+        of_q = traits.operand_bytes if traits.fp8 else size
+        return queries * (d * of_q + dv * size + _FLOAT_BYTES) + columns
     statistics = 2 * queries * _FLOAT_BYTES
     if problem.family == "delta":
         return 2 * queries * dv * size + 3 * queries * _FLOAT_BYTES
@@ -309,7 +310,7 @@ def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, 
     """
     traits = problem.traits
     least = io_bytes(problem)
-    d, size = traits.head_dim + traits.head_dim_v, traits.dtype_bytes
+    d, size = traits.head_dim + traits.head_dim_v, traits.operand_bytes
     by_queries = problem.family in ("forward", "backward-dq")
     walked = problem.seqlen_k if by_queries else problem.seqlen_q * problem.group_size
     head_bytes = walked * d * size
