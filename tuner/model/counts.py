@@ -29,7 +29,7 @@ _OF_FEATURES = {
 _OF_BFLOAT16 = {"softcap": Counts(issued=3, special=1, fma=2)}
 # 8-bit floats: conversions of a product of e4m3 where there is no such instruction; of a row, the
 # unit and the weight of its share; of two scores, P as e4m3 in float16, less the conversion that
-# 16 bits have; of four codes, as float16, and of a copy of 16 through registers its addresses; of a
+# 16 bits have; of four codes, as float16; of a copy of 16 through registers, its addresses; of a
 # score, the scales of its key. All by disassembly.
 _CONVERSIONS_OF_PRODUCT, _WORDS_OF_A_COPY = 12, 4
 _OF_A_ROW = Counts(fma=8, alu=6, shared=4)

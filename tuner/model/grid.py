@@ -14,7 +14,16 @@ import numpy as np
 from numflash.configs import Config, MmaConfig, Traits, implementation_of
 from numflash.problem.classes import ProblemClass
 from numflash.problem.sequences import HEADER_WORDS, NO_LIMIT, RECORD_WORDS, ListShape
-from numflash.reference.sequences import BEGIN, END, ENTRY, ENTRY_BITS, START, Extents, lists_of
+from numflash.reference.sequences import (
+    BEGIN,
+    END,
+    ENTRY,
+    ENTRY_BITS,
+    START,
+    Extents,
+    Lists,
+    lists_of,
+)
 from numflash.selection.geometry import LEAST_STAGES, PACKED_SEQLEN, heads_of_a_bundle
 from numflash.selection.layout import (
     Launch,
@@ -176,6 +185,37 @@ def _lay_list(problem: ProblemClass, config: Config) -> Grid:
     return Grid(walks, heads // problem.group_size * apart, 1, 1, entries)
 
 
+def _band_of_list(problem: ProblemClass) -> tuple[int, int]:
+    """`ListShape.lo` and `hi`: those of the last query and the last key of a sequence."""
+    lo = -NO_LIMIT if problem.window is None else 1 - problem.window
+    return lo, NO_LIMIT if problem.mask == "full" else 0
+
+
+def _listed(problem: ProblemClass, shape: ListShape) -> tuple[Lists, np.ndarray]:
+    """The lists of the lengths that a class is measured with, and their records, int64."""
+    lengths = [np.array(x, np.int64) for x in sequences_of(problem)]
+    lists = lists_of(*(Extents(np.cumsum(x) - x, x, False) for x in lengths), shape)
+    return lists, lists.tiles[HEADER_WORDS:].reshape(-1, RECORD_WORDS).astype(np.int64)
+
+
+@lru_cache(maxsize=64)
+def walks_in_turn(
+    problem: ProblemClass, row_tile: int, column_tile: int
+) -> tuple[tuple[int, int], ...]:
+    """(first tile of queries, behind the last) that each block of keys of a list visits.
+
+    In the list's order, in which blocks add to dQ (`ListShape.in_turn`). Tiles of queries are
+    numbered through all sequences, as their sums lie in memory.
+    """
+    shape = ListShape(row_tile, column_tile, 1, True, *_band_of_list(problem), 1, in_turn=True)
+    _, records = _listed(problem, shape)
+    queries = np.array(sequences_of(problem).seqlens_q, np.int64)
+    tiles = -(-queries // column_tile)
+    before = (np.cumsum(tiles) - tiles)[records[:, ENTRY] & (2**ENTRY_BITS - 1)]
+    begin, end = records[:, BEGIN], np.maximum(records[:, BEGIN], records[:, END])
+    return tuple(zip((before + begin).tolist(), (before + end).tolist(), strict=True))
+
+
 @lru_cache(maxsize=1024)
 def _walks_of_list(
     problem: ProblemClass, row_tile: int, column_tile: int, packed: int, shares: int
@@ -185,13 +225,11 @@ def _walks_of_list(
     `shares` are the most records that splits may add; 0 does not split.
     """
     by_keys = problem.family not in ("forward", "backward-dq")
-    lo = -NO_LIMIT if problem.window is None else 1 - problem.window
-    hi = NO_LIMIT if problem.mask == "full" else 0
+    lo, hi = _band_of_list(problem)
     least = LEAST_STAGES if shares else 0
     shape = ListShape(row_tile, column_tile, packed, by_keys, lo, hi, 1, least, shares)
     lengths = [np.array(x, np.int64) for x in sequences_of(problem)]
-    lists = lists_of(*(Extents(np.cumsum(x) - x, x, False) for x in lengths), shape)
-    records = lists.tiles[HEADER_WORDS:].reshape(-1, RECORD_WORDS).astype(np.int64)
+    lists, records = _listed(problem, shape)
     start, begin, end = (records[:, word] for word in (START, BEGIN, END))
     found = np.maximum(0, end - begin)
 

@@ -26,7 +26,7 @@ from functools import lru_cache
 
 import numpy as np
 
-ORDERS = ("last first", "first first", "as listed")
+ORDERS = ("last first", "first first")
 _MOST_BLOCKS = 2_000
 """Blocks that are played, of whole heads."""
 _ROUNDED = 0.01
@@ -41,7 +41,6 @@ def clocks_of(
     repeats: int,
     heads: int,
     sms: int,
-    order: str,
     tile: float,
     around: float,
     turn: float,
@@ -53,12 +52,11 @@ def clocks_of(
     """Clocks until the last block is done.
 
     Args:
-        walks: (first tile, behind the last one) of each block of keys of a head, keys upwards; of
-            a list in its order, where sequences have tiles of their own.
+        walks: (first tile, behind the last one) of each block of keys of a head, in the order in
+            which blocks start and add. Of a list each sequence has tiles of its own.
         repeats: heads of queries that each block walks over.
         heads: of keys.
         sms: blocks that run at once.
-        order: one of ORDERS, in which blocks start and add.
         tile: clocks of a tile.
         around: clocks of a block beside its tiles.
         turn: from the start of a block's addition to that of the next block's.
@@ -75,14 +73,13 @@ def clocks_of(
         longer = 1.0
     played = min(heads, max(2 * in_flight, _MOST_BLOCKS // len(walks) // 2 * 2))
     free = [0.0] * sms
-    blocks = walks[::-1] if order == "last first" else walks
     last, half = max(end for _, end in walks), 0.0
     for begin in range(0, played, in_flight):
         if begin <= played // 2:
             half, halfway = sum(free), begin
         together = range(min(in_flight, played - begin))
         turns = np.zeros((len(together), repeats, last))
-        for (first, end), head in itertools.product(blocks, together):
+        for (first, end), head in itertools.product(walks, together):
             done = heapq.heappop(free) + around / 2
             if first < end:
                 here = turns[head, :, first:end]

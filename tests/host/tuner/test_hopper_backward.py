@@ -196,7 +196,8 @@ def test_registers_that_do_not_suffice_make_products_wait_for_each_other():
 
 def played(walks, heads=1, sms=132, order="last first", turn=0.0, complete=0.0, buffers=2, **more):
     times = more.pop("tile", 100.0), more.pop("around", 0.0), turn, complete, 0.0
-    return turns.clocks_of(tuple(walks), 1, heads, sms, order, *times, buffers, **more)
+    walks = tuple(walks)[::-1] if order == "last first" else tuple(walks)
+    return turns.clocks_of(walks, 1, heads, sms, *times, buffers, **more)
 
 
 def test_without_turns_blocks_follow_each_other_on_the_first_free_sm():
@@ -223,8 +224,7 @@ def test_a_block_that_adds_longer_than_it_computes_waits_for_itself():
 def test_one_buffer_waits_until_it_is_free():
     walks = ((0, 10),)
     two, one = (
-        turns.clocks_of(walks, 1, 1, 1, "last first", 100.0, 0.0, 0.0, 0.0, 150.0, buffers)
-        for buffers in (2, 1)
+        turns.clocks_of(walks, 1, 1, 1, 100.0, 0.0, 0.0, 0.0, 150.0, buffers) for buffers in (2, 1)
     )
     assert one > 1.5 * two
 
