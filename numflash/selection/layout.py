@@ -220,6 +220,10 @@ ORDERS = {
 """The orders by name."""
 
 
+TAKE_TURNS = "last queries first", "first keys first", "dV and dK apart"
+"""Those whose heads take turns by `heads_in_turn`."""
+
+
 def order_of(config: Config) -> str:
     """The name in `ORDERS` of the order in which a config's blocks work.
 
@@ -280,7 +284,7 @@ def launch_of(
         problem: the question.
         pack: heads that are packed, by `geometry.heads_packed`.
         in_flight: heads whose blocks take turns: `Geometry.heads_in_flight`, or of Hopper's
-            backward in one kernel `geometry.heads_of_backward`; of other kernels with gradients
+            backward in one kernel `geometry.heads_of_backward`; in the orders of `TAKE_TURNS`
             `heads_in_turn` decides.
 
     Raises:
@@ -291,21 +295,30 @@ def launch_of(
     if owns_keys(order):
         tiling = Tiling(keys, queries, config.row_tile, config.column_tile, -hi, -lo)
         heads = problem.batch * problem.num_heads_kv
-        if order != "last keys first":
-            in_flight = heads_in_turn(problem, keys)
+        if order in TAKE_TURNS:
+            in_flight = _heads_in_turn(problem, keys)
         return Launch(tiling, order, heads, splits, in_flight, problem.group_size)
     stage = getattr(config, "stage_n", config.column_tile)
     tiling = Tiling(queries * pack, keys, config.row_tile, stage, lo, hi, pack)
     heads = problem.batch * problem.num_heads_q // pack
-    if order == "last queries first":
-        in_flight = heads_in_turn(problem, queries)
+    if order in TAKE_TURNS:
+        in_flight = _heads_in_turn(problem, queries)
     return Launch(tiling, order, heads, splits, in_flight)
 
 
-def heads_in_turn(problem: AttentionProblem, rows: int) -> int:
-    """Heads of so many rows whose blocks take turns, by `tiles.blocks.make_place_in_turn`."""
+def heads_in_turn(rows: int, rows_in_turn: int) -> int:
+    """Heads of so many rows whose blocks take turns, by `tiles.blocks.make_place_in_turn`.
+
+    Args:
+        rows: of a head, of the side that blocks own.
+        rows_in_turn: of all heads that take turns, `Traits.rows_in_turn`.
+    """
+    return max(1, rows_in_turn // max(1, rows))
+
+
+def _heads_in_turn(problem: AttentionProblem, rows: int) -> int:
     columns = (padded_head_dim(n) for n in (problem.head_dim, problem.head_dim_v))
-    return max(1, rows_in_turn(*columns) // max(1, rows))
+    return heads_in_turn(rows, rows_in_turn(*columns))
 
 
 def listed_places(

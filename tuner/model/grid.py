@@ -26,8 +26,10 @@ from numflash.reference.sequences import (
 )
 from numflash.selection.geometry import LEAST_STAGES, PACKED_SEQLEN, heads_of_a_bundle
 from numflash.selection.layout import (
+    TAKE_TURNS,
     Launch,
     Tiling,
+    heads_in_turn,
     order_of,
     owns_keys,
     places,
@@ -88,8 +90,9 @@ class Grid:
         splits: blocks that share one walk of the problem.
         entries: sequences whose walks `walks` holds.
         parts: float32 parts of a row of the result, on average; 0 where all rows are whole.
-        launch: where its blocks work, with no heads in flight; None of a list of tiles, whose
-            heads follow each other tile by tile.
+        launch: where its blocks work, of a forward on tensor cores and of gradients in one kernel
+            with no heads in flight; None of a list of tiles, whose heads follow each other tile by
+            tile.
     """
 
     walks: Walks
@@ -161,11 +164,16 @@ def _laid(
     else:
         tiling = Tiling(queries * packed, keys, row_tile, column_tile, low, high, packed)
         heads, repeats = problem.batch_heads // packed, 1
-    launch = Launch(tiling, order, heads, splits, repeats=repeats)
+    in_flight = 1
+    if order in TAKE_TURNS:
+        in_flight = heads_in_turn(tiling.rows, problem.traits.rows_in_turn)
+    launch = Launch(tiling, order, heads, splits, in_flight, repeats)
     parts = splits if splits > 1 or order == "dealt keys" else 0
     # Both blocks of a tile have as much to do where dK and dV are apart.
     apart = order == "dV and dK apart"
-    walks = _walks(launch._replace(heads=1, order="first keys first" if apart else order))
+    walks = _walks(
+        launch._replace(heads=1, in_flight=1, order="first keys first" if apart else order)
+    )
     return Grid(walks, heads * (1 + apart), packed, splits, parts=parts, launch=launch)
 
 
