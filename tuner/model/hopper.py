@@ -120,7 +120,7 @@ def by_formula(config: Sm90ForwardConfig, traits: Traits) -> Work:
     """The counts before anything is compiled."""
     scores, outputs = config.tile_n // 2, traits.head_dim_v // 2
     multiply_adds = 16 * config.tile_n * (traits.head_dim + traits.head_dim_v)
-    special, added = scores, _added(traits)
+    special, added = scores, added_to_o(traits)
     if traits.fp8:
         # O's share of a tile comes in parts, and has a weight for each of a thread's two rows.
         parts = traits.head_dim_v // config.part_columns(traits)
@@ -152,7 +152,7 @@ def by_formula(config: Sm90ForwardConfig, traits: Traits) -> Work:
     )
 
 
-def _added(traits: Traits) -> int:
+def added_to_o(traits: Traits) -> int:
     """Multiply-adds of a thread that add a tile's share to O: 8-bit floats are summed apart."""
     return traits.head_dim_v // 2 if traits.fp8 else 0
 
@@ -279,7 +279,7 @@ def _turn(
         fetched / l2,
     )
     softmax = max(mufu, c.issued) + one_a_score
-    packing = _THREADS * c.conversions / machine.alu_lanes + _added(traits)
+    packing = _THREADS * c.conversions / machine.alu_lanes + added_to_o(traits)
     return Turn(
         busy,
         max(products, shared),
