@@ -1,15 +1,15 @@
-"""Published speeds of the forward on 8-bit floats on Hopper; no constant was chosen by any of them.
+"""Published speeds of the forward on 8-bit floats on Hopper, by which no constant was chosen.
 
 The kernels have the structure of `kernels.wgmma.fp8_forward`. What they do otherwise:
 
 - O is summed up by the tensor cores: no multiply-adds add a tile's share.
-- FlashAttention-3's warpgroups take turns, and do not overlap softmax and products of their own. It
-  runs pairs of blocks where there is no mask and the number of tiles of rows is even, and stands
-  for that as in `published_speeds`.
-- FlashAttention-3 as in its paper transposes V in the kernel, before the first product with it. What
-  that costs is not modelled: with fewer than 4,096 tokens, of which the first tiles are a large
-  part, it takes up to 1.74 times as long as predicted. The version of pull request 1075, whose V is
-  transposed ahead as ours is, is within 10 % at each length.
+- FlashAttention-3's warpgroups take turns, and do not overlap softmax and products of their own.
+  It runs pairs of blocks where there is no mask and the number of tiles of rows is even, and
+  stands for that as in `published_speeds`.
+- FlashAttention-3 as in its paper transposes V in the kernel, before the first product with it.
+  What that costs is not modelled: with fewer than 4,096 tokens, of which the first tiles are a
+  large part, it takes up to 1.74 times as long as predicted. The version of pull request 1075,
+  whose V is transposed ahead as ours is, is within 10 % at each length.
 - Of cuDNN, whose kernels nobody has described, it is assumed that it is otherwise as ours.
 
 Sources: arXiv 2407.08608, Figure 7 (H100; its causal bars at head_dim 128, and most at 64, could
