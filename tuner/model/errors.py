@@ -40,8 +40,8 @@ Nothing was fitted to speeds on 8-bit floats. FlashAttention-3 with V transposed
 is 1 % to 9 % slower than predicted at all lengths (pull request 1075, an H100 PCIe), cuDNN on an
 H200 2 % to 17 % faster. The kernel of FlashAttention-3's paper transposes V itself. From 4,224
 tokens on it is within 11 % at head_dim 64 and 128, at 256 up to 25 % slower than predicted; with
-fewer it is slower at every head_dim, at 512 by 24 % to 74 %. So short sequences are a kind of their
-own. On other GPUs, and of products by `mma.sync`, nothing is published.
+fewer it is slower at every head_dim, at 512 by 24 % to 74 %. So short sequences are a kind of
+their own. On other GPUs, and of products by `mma.sync`, nothing is published.
 """
 
 from numflash.configs import Config

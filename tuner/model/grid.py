@@ -344,6 +344,19 @@ def io_bytes(problem: ProblemClass) -> int:
     return inputs + results.get(problem.family, 0)
 
 
+def quantised_bytes(problem: ProblemClass, reads: int = 1) -> int:
+    """Bytes that the kernels move which make the codes of q, k and v, of 16 bits.
+
+    Args:
+        problem: a class on 8-bit floats.
+        reads: passes over each array; two where a scale is shared by more than a block quantises.
+    """
+    queries = problem.batch_heads * problem.seqlen_q * problem.traits.head_dim
+    keys = problem.batch_heads // problem.group_size * problem.seqlen_k
+    elements = queries + keys * (problem.traits.head_dim + problem.traits.head_dim_v)
+    return elements * (reads * problem.traits.dtype_bytes + problem.traits.operand_bytes)
+
+
 def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, l2: int) -> float:
     """Bytes from and to device memory: data beyond the L2's size is read once per wave of blocks.
 
