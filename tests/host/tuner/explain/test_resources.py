@@ -114,3 +114,8 @@ def test_codes_have_a_time_roofs_and_a_turn_of_their_own_rates(asked):
     assert facts.turn.clocks["products"].value == pytest.approx(
         config.num_warps * terms / machine.wgmma_e4m3
     )
+
+
+def test_gradients_of_long_calls_in_one_kernel_are_predicted_too(asked):
+    found = asked("H200", (1, 131072, 2, 128), causal=True)
+    assert found.kernels["backward"].prediction.ms > 10
