@@ -99,15 +99,18 @@ def _products(
     program: Program, machine: Machine, config: Config, traits: Traits
 ) -> dict[str, float]:
     implementation = implementation_of(config)
+    of_codes = traits.fp8 and config.multiplies_codes
     if implementation.needs_maps:
-        rate = machine.wgmma_f16
+        rate = machine.wgmma_e4m3 if of_codes else machine.wgmma_f16
     elif implementation.has_tensor_cores:
-        rate = (machine.mma_tf32 if traits.tf32 else machine.mma_f16) * machine.mma_efficiency
+        rate = machine.mma_tf32 if traits.tf32 else machine.mma_f16
+        # Where e4m3 is no instruction, its products are made of those of float16.
+        rate = (machine.mma_e4m3 if of_codes else 0) or rate
+        rate *= machine.mma_efficiency
     else:
         rate = float(machine.fp32_lanes)
     if not rate:
         raise ValueError(f"{machine.name} has no products as {config} needs them")
-    rate *= 2 if traits.fp8 and config.multiplies_codes else 1
     return {
         name: rows * columns * depth / rate
         for name, (rows, columns, depth) in program.shapes.items()
