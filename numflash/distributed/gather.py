@@ -274,6 +274,8 @@ class _Shares:
         self._problem, self._plan, self._home = problem, plan.steps, home
         self._heads, self._is_clear = slice(0, 0), False
         self._under_way = self._buffer = None
+        # Of a buffer, by rows: each group of heads has calls on the same.
+        self._of_rows: dict[tuple[int, int], dict[str, Any]] = {}
         arrays = problem.arrays
         self._sums = arrays.zeros((tokens, batch, heads, home.row[2]), "float32")
         self.gradients = self._by_name(self._sums)
@@ -296,8 +298,11 @@ class _Shares:
         """Add what one call gave, once the group before has arrived."""
         if self._buffer is not None:
             self._clear()
-        whole = self._sums if self._buffer is None else self._buffer
-        for name, x in self._by_name(whole[slice(*part.k)]).items():
+        views = self._of_rows.get(part.k)
+        if views is None:
+            whole = self._sums if self._buffer is None else self._buffer
+            views = self._of_rows[part.k] = self._by_name(whole[slice(*part.k)])
+        for name, x in views.items():
             x += part.results[name]
 
     def give(self) -> None:

@@ -168,17 +168,17 @@ def _keys_to_heads(problem: RegroupedProblem, k, v, shares: list[Share]) -> tupl
     plan, me = problem.plan, problem.within.rank
     heads = shares[me].kv
     wire = problem.wire_of(k[:, :, heads], v[:, :, heads])
-    buffer, sent = wire.new(plan.tokens), {}
+    each = _rows_of_a_rank(k.shape[1], wire)
+    buffer, sent = wire.new(plan.tokens), wire.new(len(shares) * each)
     for rank, share in enumerate(shares):
-        if rank != me and k.shape[1]:
-            sent[rank] = wire.new(k.shape[1])
-            wire.fill(sent[rank], 0, k[:, :, share.kv], v[:, :, share.kv])
+        if rank != me:
+            wire.fill(sent, rank * each, k[:, :, share.kv], v[:, :, share.kv])
     for rows, place in plan.own:
         own = slice(None), slice(*rows), heads
         wire.fill(buffer, place[0], k[own], v[own])
     if plan.there:
         here, there = problem.once("spans of keys", lambda: _spans_of_keys(problem, wire))
-        sends = [(sent[peer].memory[span], peer) for span, peer in here]
+        sends = [(sent.memory[span], peer) for span, peer in here]
         receives = [(buffer.memory[span], peer) for span, peer in there]
         _post(problem, sends, receives, "heads for tokens", "keys and values")()
     return wire.unpack(buffer)
@@ -186,11 +186,20 @@ def _keys_to_heads(problem: RegroupedProblem, k, v, shares: list[Share]) -> tupl
 
 def _spans_of_keys(problem: RegroupedProblem, wire: Wire) -> list[list[tuple[slice, int]]]:
     """(bytes of a buffer, the other rank) of each message of keys: sent, and received."""
-    sides = zip(problem.plan.there, (problem.tokens, problem.plan.tokens), strict=True)
+    plan, each = problem.plan, _rows_of_a_rank(problem.tokens, wire)
+    here, there = plan.there
+    of_peers = [(m.peer, [m.peer * each + row for row in m.rows]) for m in here]
+    of_group = [(m.peer, m.rows) for m in there]
+    sizes = problem.within.size * each, plan.tokens
     return [
-        [(span, peer) for peer, rows, _ in side for span in wire.spans(tokens, *rows)]
-        for side, tokens in sides
+        [(span, peer) for peer, rows in side for span in wire.spans(tokens, *rows)]
+        for side, tokens in zip((of_peers, of_group), sizes, strict=True)
     ]
+
+
+def _rows_of_a_rank(tokens: int, wire: Wire) -> int:
+    """Of a buffer in which each rank of the group has rows for this rank's tokens."""
+    return -(-tokens // wire.tokens_per_scale) * wire.tokens_per_scale
 
 
 def _to_tokens(problem: RegroupedProblem, computed: list, what: str) -> list:

@@ -30,9 +30,11 @@ class Wire(Protocol):
 
     Attributes:
         is_exact: whether what arrives is what was sent off, and not rounded.
+        tokens_per_scale: a row at a multiple of so many tokens shares a scale with none before it.
     """
 
     is_exact: bool
+    tokens_per_scale: int
 
     def new(self, tokens: int, *, zeroed: bool = False) -> Bundle:
         """A buffer for the keys and values of so many tokens; its `memory` is one message."""
@@ -90,7 +92,7 @@ class _Keys:
 class OwnNumbers:
     """Keys and values that travel as they are: (tokens, batch, heads, head_dim + head_dim_v)."""
 
-    is_exact = True
+    is_exact, tokens_per_scale = True, 1
 
     def __init__(self, keys: _Keys):
         self._keys = keys
@@ -144,7 +146,7 @@ class Codes:
         # Of a row that is rotated all columns count, also those that are padding.
         dim = keys.head_dim
         self._columns_k = padded_fp8_head_dim(dim) if recipe.hadamard else dim
-        self._tokens_per_scale = recipe.block if recipe.granularity == "block" else 1
+        self.tokens_per_scale = recipe.block if recipe.granularity == "block" else 1
         self._places, self.spans = _remembered(self._places, self.spans)
 
     def new(self, tokens, *, zeroed=False):
@@ -195,7 +197,7 @@ class Codes:
         return self.unpack(buffer)
 
     def _places(self, tokens: int) -> Places:
-        x, scales = self._keys, -(-tokens // self._tokens_per_scale)
+        x, scales = self._keys, -(-tokens // self.tokens_per_scale)
         codes = tokens, x.batch, x.heads, self._columns_k + x.head_dim_v
         scales = (scales, x.batch, x.heads, 2), "float32"
         return places_in_bundle((("codes", (codes, "uint8")), ("scales", scales)))
@@ -206,7 +208,7 @@ class Codes:
         return replace(self._recipe, hadamard=False)
 
     def _scales(self, begin: int, end: int) -> slice:
-        return slice(begin // self._tokens_per_scale, -(-end // self._tokens_per_scale))
+        return slice(begin // self.tokens_per_scale, -(-end // self.tokens_per_scale))
 
     def _filled_up(self, codes):
         """The codes as kernels read them: rows padded with zeros, at multiples of 16 bytes."""
