@@ -21,7 +21,7 @@ from numflash.distributed.communicators import Communicator
 from numflash.distributed.communicators.alone import Alone
 from numflash.distributed.communicators.grid import Grid
 from numflash.distributed.layouts import Layout
-from numflash.distributed.local_calls import BY_POSITION, LocalCalls, is_given
+from numflash.distributed.local_calls import BY_POSITION, OF_DOCUMENT, LocalCalls, is_given
 from numflash.distributed.memory import best_method
 from numflash.distributed.pairs import Band, Call
 from numflash.distributed.problem import Method, Problem, sizes_of
@@ -59,7 +59,6 @@ _ELSEWHERE = ("layout", "schedule", "page_table", "appended", "cached", "num_spl
 _TAKEN = tuple(x.name for x in OPTIONS if x.name not in (*_REFUSED, *_OF_LAYOUT, *_ELSEWHERE))
 _PLAIN = frozenset((*_TAKEN, "out_dtype"))
 """Options that need no look before `problem.describe` checks them."""
-_ONE_SEQUENCE = ("dropout_p", "bias", "mask", "score_mod", "mask_mod")
 
 
 class Checked(NamedTuple):
@@ -177,7 +176,7 @@ class RankedCall:
             given["fp8"] = replace(recipe, granularity="token")
         if checked.config is not None:
             given["config"] = checked.config
-        calls = LocalCalls(given, arrays)
+        calls = LocalCalls(given, arrays, len(self.layout.lengths))
         band = Band.of(self.options["causal"], self.options["window_size"])
         comm, of_all = self.comms[0], (self.max_workspace, self.wire)
         if checked.names[0] != "heads":
@@ -277,7 +276,7 @@ class RankedCall:
                 'precision="fp8" over several ranks is for what gathers or sends round keys and '
                 f"values, also across groups; got method={self.method!r}"
             )
-        self._expect_positions(options, names)
+        self._expect_positions(options, names, views["q"].shape[0])
         if self.asked is None and names[-1] == "gather" and not forced:
             config = whole.pinned_config(views, self.layout, options._replace(config=None))
         return Checked(names, config, wrt)
@@ -318,14 +317,22 @@ class RankedCall:
             ),
         )
 
-    def _expect_positions(self, options: AttentionOptions, names: tuple[str, ...]) -> None:
+    def _expect_positions(
+        self, options: AttentionOptions, names: tuple[str, ...], batch: int
+    ) -> None:
         """Check the options that depend on positions. Raises ValueError, UnsupportedError."""
-        given = [name for name in _ONE_SEQUENCE if is_given(name, getattr(options, name))]
-        if given and len(self.layout.lengths) != 1:
-            raise UnsupportedError(
-                f"{given[0]} over several ranks is for one document: its rows and columns are "
-                f"those of one sequence, and the layout has {len(self.layout.lengths)} documents"
-            )
+        given = [name for name in OF_DOCUMENT if is_given(name, getattr(options, name))]
+        if given and len(self.layout.lengths) > 1:
+            reason = None
+            if batch != 1:
+                reason = f"its batch entry is the number of a document, and q has {batch} entries"
+            elif options.precision == "fp8":
+                reason = "kernels on 8-bit floats know no packed documents, whose numbers it needs"
+            if reason:
+                raise UnsupportedError(
+                    f"{given[0]} over several ranks with {len(self.layout.lengths)} documents: "
+                    f"{reason}"
+                )
         if "dropout_p" in given:
             layout, band = self._across(names), Band.of(options.causal, options.window_size)
             begins = {n for call in _calls(layout, band, names[-1]) for n in call.origin}

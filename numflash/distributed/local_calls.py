@@ -15,6 +15,8 @@ from numflash.selection.choice import split_configs
 
 # Options that make a score depend on its position or its head.
 BY_POSITION = ("alibi_slopes", "dropout_p", "bias", "mask", "score_mod", "mask_mod")
+OF_DOCUMENT = ("dropout_p", "bias", "mask", "score_mod", "mask_mod")
+"""Those that also make it depend on the number of its document, which is its batch entry."""
 _DEFAULTS = {option.name: option.default for option in OPTIONS}
 _OF_FORWARD = tuple(option.name for option in OPTIONS if not option.in_backward)
 
@@ -45,7 +47,7 @@ class LocalCalls:
         in_codes: whether forwards multiply in 8 bits.
     """
 
-    def __init__(self, options: dict[str, Any], arrays: Arrays):
+    def __init__(self, options: dict[str, Any], arrays: Arrays, documents: int = 1):
         """Bind options.
 
         Args:
@@ -53,12 +55,14 @@ class LocalCalls:
                 window_size. `alibi_slopes` and `sinks` are those of all heads of the problem.
                 `config` may be a dictionary that names kernels of both passes.
             arrays: of the operands.
+            documents: of the problem.
         """
         given = {name: x for name, x in options.items() if is_given(name, x)}
-        self._arrays, self._options = arrays, options
+        self._arrays, self._options, self._documents = arrays, options, documents
         self._known: dict[tuple, tuple[_Made, ...]] = {}
         self.by_position = any(name in given for name in BY_POSITION)
         self._has_origin = self.by_position or "sinks" in given
+        self._is_numbered = documents > 1 and any(name in given for name in OF_DOCUMENT)
         self.in_codes = given.get("precision") == "fp8"
         of_forward, of_backward = split_configs(given.pop("config", None))
         self._forward = given | ({"config": of_forward} if of_forward else {})
@@ -67,7 +71,7 @@ class LocalCalls:
 
     def with_options(self, options: dict[str, Any]) -> "LocalCalls":
         """The same calls with more options."""
-        return LocalCalls(self._options | options, self._arrays)
+        return LocalCalls(self._options | options, self._arrays, self._documents)
 
     def of_heads(self, name: str):
         """The array of "sinks" or "alibi_slopes", of all heads of the problem."""
@@ -98,9 +102,9 @@ class LocalCalls:
             at = made.at
             if into is not None:
                 more["out"] = into[at["q"]]
-            verb = attention if made.is_single else attention_varlen
+            verb = attention_varlen if made.is_packed else attention
             results = verb(q[at["q"]], k[at["k"]], v[at["v"]], **made.options, **more)
-            if not made.is_single:
+            if made.is_packed:
                 results = tuple(x[None] for x in results)
             yield Part(made.q, made.k, made.is_own, results)
             # The next call takes the memory.
@@ -131,10 +135,10 @@ class LocalCalls:
                 cut["lse"] = cut["lse"] + made.hidden
             cut["lse"] = contiguous(cut["lse"])
             first = [cut.pop(x, None) for x in _POSITIONAL]
-            verb = attention_backward if made.is_single else attention_varlen_backward
+            verb = attention_varlen_backward if made.is_packed else attention_backward
             found = verb(*first, **cut, **made.options)
             results = dict(zip(names, found, strict=True))
-            if not made.is_single:
+            if made.is_packed:
                 results |= {name: x[None] for name, x in results.items() if name in _OF_TOKENS}
             yield Part(made.q, made.k, made.is_own, results)
             # The next call takes the memory.
@@ -158,7 +162,7 @@ class LocalCalls:
         if found is not None:
             return found
         # Kernels on 8-bit floats know one length for all sequences.
-        apart, made = self.by_position or self.in_codes or batch != 1, []
+        apart, made = self.in_codes or batch != 1, []
         in_backward = wrt is not None
         of_all = self._backward if in_backward else self._forward
         for asked in _asked(calls, apart, self.by_position, self._has_origin, in_backward):
@@ -172,23 +176,25 @@ class LocalCalls:
                 options["return_lse"] = True
             if is_short:
                 options["grad_dtype" if in_backward else "out_dtype"] = "float32"
-            pack, is_single, hidden = asked.pack, len(asked.pack.calls) == 1, None
-            if is_single:
-                of_q, of_k = pack.calls[0].q, pack.calls[0].k
-            else:
+            pack, hidden = asked.pack, None
+            of_q, of_k = pack.calls[0].q, pack.calls[0].k
+            is_packed = self._is_numbered or len(pack.calls) > 1
+            if len(pack.calls) > 1:
                 of_q, of_k = (0, rows), (0, k.shape[1])
-                options |= zip(_NAMES, _on_device(self._arrays, pack), strict=True)
                 if in_backward and "sinks" in names:
                     hidden = _outside(self._arrays, pack, rows)
-            at = _places(of_q, of_k) if is_single else dict.fromkeys(_OPERANDS, 0)
-            made.append(_Made(of_q, of_k, asked.is_own, is_single, at, options, hidden))
+            if is_packed:
+                documents = self._documents if self._is_numbered else None
+                lengths = _on_device(self._arrays, pack, of_q[0], of_k[0], documents)
+                options |= zip(_NAMES, lengths, strict=True)
+            at = _places(of_q, of_k, 0 if is_packed else slice(None))
+            made.append(_Made(of_q, of_k, asked.is_own, is_packed, at, options, hidden))
         self._known[key] = tuple(made)
         return self._known[key]
 
 
 _OF_TOKENS = ("q", "k", "v")
 _POSITIONAL = ("dout", "q", "k", "v", "out", "lse")
-_OPERANDS = (*_POSITIONAL, "delta", "dlse")
 
 
 class _Made(NamedTuple):
@@ -196,7 +202,7 @@ class _Made(NamedTuple):
 
     Attributes:
         q, k, is_own: as of its `Part`.
-        is_single: whether it has one document.
+        is_packed: whether its rows are those of packed documents.
         at: by the name of an operand, what it takes of it: as an index.
         options: of the call, by name.
         hidden: what is added to lse, or None: -inf for rows in no sequence of the call, because of
@@ -206,18 +212,18 @@ class _Made(NamedTuple):
     q: tuple[int, int]
     k: tuple[int, int]
     is_own: bool
-    is_single: bool
+    is_packed: bool
     at: dict[str, Any]
     options: dict[str, Any]
     hidden: Any
 
 
-def _places(q: tuple[int, int], k: tuple[int, int]) -> dict[str, tuple[slice, ...]]:
-    """Rows q and k of each operand, as indices."""
-    every, rows, keys = slice(None), slice(*q), slice(*k)
-    found = dict.fromkeys(("dout", "q", "out"), (every, rows))
-    found |= dict.fromkeys(("k", "v"), (every, keys))
-    return found | dict.fromkeys(("lse", "delta", "dlse"), (every, every, rows))
+def _places(q: tuple[int, int], k: tuple[int, int], entry: int | slice) -> dict[str, tuple]:
+    """Rows q and k of each operand, as indices, of a batch entry or of all."""
+    rows, keys = slice(*q), slice(*k)
+    found = dict.fromkeys(("dout", "q", "out"), (entry, rows))
+    found |= dict.fromkeys(("k", "v"), (entry, keys))
+    return found | dict.fromkeys(("lse", "delta", "dlse"), (entry, slice(None), rows))
 
 
 class _Asked(NamedTuple):
@@ -244,11 +250,11 @@ def _asked(
 ) -> tuple[_Asked, ...]:
     """The calls, put together where that is possible, and the options of each."""
     found = []
-    for pack in packs(calls, apart):
+    for pack in packs(calls, apart, by_position):
         for each in _keys_apart(pack) if in_backward else (pack,):
             call, place = each.calls[0], None
             own = {"window_size": tuple(-1 if x is None else x for x in each.window)}
-            if len(each.calls) == 1:
+            if by_position or len(each.calls) == 1:
                 own |= {"causal_align": "top_left", "shift": call.shift}
                 if has_origin:
                     place = call.origin
@@ -279,13 +285,23 @@ _NAMES = ("starts_q", "seqlens_q", "starts_k", "seqlens_k")
 
 
 @lru_cache(maxsize=4096)
-def _on_device(arrays: Arrays, pack: Pack) -> tuple[Any, ...]:
-    """starts_q, seqlens_q, starts_k, seqlens_k of a pack, on the device: copied there once."""
-    sides = [[call.q for call in pack.calls], [call.k for call in pack.calls]]
-    found = []
-    for rows in sides:
-        found.append(np.array([begin for begin, _ in rows], np.int32))
-        found.append(np.array([end - begin for begin, end in rows], np.int32))
+def _on_device(
+    arrays: Arrays, pack: Pack, first_q: int, first_k: int, documents: int | None
+) -> tuple[Any, ...]:
+    """starts_q, seqlens_q, starts_k, seqlens_k of a pack, on the device: copied there once.
+
+    Args:
+        arrays: of the operands.
+        pack: which.
+        first_q, first_k: the rows with which its arrays begin.
+        documents: of the problem, where each is the sequence of its number, and those that the
+            pack has not are empty; None: the pack's calls are the sequences.
+    """
+    numbers = [n if documents is None else call.document for n, call in enumerate(pack.calls)]
+    found = np.zeros((4, documents or len(pack.calls)), np.int32)
+    for n, call in zip(numbers, pack.calls, strict=True):
+        (begin_q, end_q), (begin_k, end_k) = call.q, call.k
+        found[:, n] = begin_q - first_q, end_q - begin_q, begin_k - first_k, end_k - begin_k
     return tuple(map(arrays.from_host, found))
 
 

@@ -67,6 +67,17 @@ ASKED = {
         {"window_size": (6, 0), "sinks": _rising(4)}, "contiguous", wrt=("sinks", "q", "k", "v")
     ),
     "mask_mod": Asked({"mask_mod": lambda b, h, i, j: math.abs(i - j) < 4 + h}, "contiguous"),
+    "functions in documents": Asked(
+        {
+            "window_size": (4, 1),
+            "score_mod": lambda s, b, h, i, j: s * (1 + 0.2 * b) - 0.05 * (i + j) * h,
+            "mask_mod": lambda b, h, i, j: i + j + b != 5,
+        },
+        "documents",
+    ),
+    "slopes in documents": Asked(
+        {"causal": True, "alibi_slopes": _rising(4)}, "documents", wrt=("alibi_slopes", "q")
+    ),
 }
 METHODS = {
     "gather": ("gather", (2, 3, 4)),

@@ -60,20 +60,21 @@ REFUSED = {
     "window": ({"window_size": (1,)}, ValueError, "window_size must be a pair"),
     "out_dtype": ({"out_dtype": "bfloat16"}, ValueError, "out_dtype must be"),
     "sinks": ({"sinks": np.zeros(3, "f4")}, ValueError, "sinks"),
-    "dropout in documents": (
-        {"layout": DOCUMENTS, "dropout_p": 0.5, "seed": 1},
+    "dropout in documents of a batch": (
+        {**dict.fromkeys("qkv", np.zeros((2, 8, 2, 16), "f2")), "layout": DOCUMENTS}
+        | {"dropout_p": 0.5, "seed": 1},
         UnsupportedError,
-        "dropout_p over several ranks is for one document.* 2 documents",
+        "dropout_p over several ranks with 2 documents: its batch entry .* q has 2 entries",
     ),
     "batch_invariant": (
         {"layout": DOCUMENTS, "batch_invariant": True},
         UnsupportedError,
         "takes no batch_invariant: each rank has calls of its own",
     ),
-    "functions in documents": (
-        {"layout": DOCUMENTS, "score_mod": _identity},
+    "functions in documents of codes": (
+        {"layout": DOCUMENTS, "score_mod": _identity, "precision": "fp8", "wire": "e4m3"},
         UnsupportedError,
-        "score_mod over several ranks is for one document",
+        "score_mod over several ranks with 2 documents: kernels on 8-bit floats",
     ),
 }
 
