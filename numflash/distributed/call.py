@@ -6,6 +6,7 @@ from itertools import repeat
 from numbers import Integral
 from typing import Any, NamedTuple, NoReturn
 
+from numflash.api.block_masks import own
 from numflash.calls.ready import remembered
 from numflash.distributed import gather, heads, ring, steps, whole
 from numflash.distributed.agreement import (
@@ -26,7 +27,13 @@ from numflash.distributed.memory import best_method
 from numflash.distributed.pairs import Band, Call
 from numflash.distributed.problem import Method, Problem, sizes_of
 from numflash.distributed.sizes import expect_heads
-from numflash.distributed.wire import expect_layout_for, recipe_of
+from numflash.distributed.wire import (
+    WHY_NOT_FP8,
+    expect_layout_for,
+    expect_method_of_codes,
+    expect_precision,
+    recipe_of,
+)
 from numflash.problem.options import (
     ARRAY_OPTIONS,
     OPTIONS,
@@ -48,10 +55,9 @@ ACROSS = ("gather", "ring")
 _OF_LAYOUT = ("causal_align", "shift", "origin")
 _LENGTHS = "the layout says how long documents are, and who holds which tokens of them"
 _REFUSED = {
-    "block_mask": "its blocks are of one GPU's rows and columns; give mask_mod",
     **dict.fromkeys(("seqlens_q", "seqlens_k", "starts_q", "starts_k"), _LENGTHS),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), _LENGTHS),
-    "fp8": 'scales would depend on who holds which tokens; wire="e4m3" quantises at the owner',
+    "fp8": WHY_NOT_FP8,
     "max_rel_error": 'precision="auto" decides by heads of one GPU',
     "batch_invariant": "each rank has calls of its own, in other batches than one GPU",
 }
@@ -114,6 +120,8 @@ class RankedCall:
 
     def __post_init__(self):
         self.comms = _comms(self.comm)
+        if self.options.get("block_mask") is not None:
+            self.options["block_mask"] = own(self.options["block_mask"])
 
     def agreed(self, operands: dict[str, Any]) -> Ready:
         """The call checked, once all ranks ask for the same. Raises as `attention`."""
@@ -227,17 +235,8 @@ class RankedCall:
                     f"{self.function} over several ranks got the unknown option {name}; it takes "
                     f"{', '.join(_TAKEN)}"
                 )
-        precision = self.options.get("precision")
-        if precision == "auto" or (precision == "fp8" and self.wire is None):
-            raise UnsupportedError(
-                f"{self.function} over several ranks takes no precision={precision!r}: "
-                f'{_REFUSED["fp8"]}, and precision="fp8" then multiplies these codes'
-            )
-        if precision == "fp8" and self.asked is not None:
-            raise UnsupportedError(
-                f"{self.function} has no precision='fp8': it takes gradients in 16 bits, of the "
-                "numbers that codes of keys and values stand for"
-            )
+        precision, backward = self.options.get("precision"), self.asked is not None
+        expect_precision(f"{self.function} over several ranks", precision, self.wire, backward)
         return AttentionOptions.of(self.function, self.options)
 
     def _check(
@@ -267,16 +266,14 @@ class RankedCall:
         if self.asked is None:
             whole.expect_forward(views, self.layout, options)
         else:
-            _expect_no_arrays(self.asked.wrt)
             options = options.of_backward(of_backward or None)
             wrt = whole.gradients_of_whole(views, self.layout, options, self.asked)
         names = self._names(names, views, options)
-        if options.precision == "fp8" and names == ("heads", "gather") and len(self.comms) == 1:
-            raise UnsupportedError(
-                'precision="fp8" over several ranks is for what gathers or sends round keys and '
-                f"values, also across groups; got method={self.method!r}"
-            )
+        if options.precision == "fp8" and len(self.comms) == 1:
+            expect_method_of_codes(self.method)
         self._expect_positions(options, names, views["q"].shape[0])
+        if options.block_mask is not None:
+            self._expect_blocks(options, names)
         if self.asked is None and names[-1] == "gather" and not forced:
             config = whole.pinned_config(views, self.layout, options._replace(config=None))
         return Checked(names, config, wrt)
@@ -306,11 +303,15 @@ class RankedCall:
             return names if len(names) == 2 else (*names, "gather")
         if names != ("auto",):
             return names
+        if options.block_mask is not None:
+            return ("gather",)
         return (
             best_method(
                 self.layout,
                 Band.of(options.causal, options.window_size),
-                sizes_of(q, k, v, q.dtype, self.wire),
+                sizes_of(q, k, v, q.dtype, self.wire)._replace(
+                    in_codes=options.precision == "fp8"
+                ),
                 by_position=any(is_given(name, getattr(options, name)) for name in BY_POSITION),
                 max_workspace=self.max_workspace,
                 backward=self.asked is not None,
@@ -343,6 +344,28 @@ class RankedCall:
                     "with a ring a window that is such a multiple"
                 )
 
+    def _expect_blocks(self, options: AttentionOptions, names: tuple[str, ...]) -> None:
+        """Check a block mask, whose blocks are not cut. Raises ValueError, UnsupportedError."""
+        others = [name for name in OF_DOCUMENT if is_given(name, getattr(options, name))]
+        reason = None
+        if len(self.layout.lengths) > 1:
+            reason = f"it is of one sequence, and the layout has {len(self.layout.lengths)}"
+        elif names[-1] == "ring":
+            reason = 'its blocks are of all keys of a query, which "gather" and "heads" have'
+        elif others:
+            reason = f"a call with lists of its own rows has no origin, by which {others[0]} goes"
+        if reason:
+            raise UnsupportedError(f"block_mask over several ranks: {reason}")
+        layout, (block_m, _) = self._across(names), options.block_mask.block_size
+        places = [place for rank in range(layout.ranks) for place in layout.places(rank)]
+        for begin, _ in places:
+            if begin % block_m:
+                raise ValueError(
+                    f"with a block_mask segments must begin at multiples of its blocks' {block_m} "
+                    f"queries, and one begins at token {begin}: make the layout with "
+                    f"multiple={block_m}"
+                )
+
     def _across(self, names: tuple[str, ...]) -> Layout:
         """The layout of the method across groups."""
         return _merged(self.layout, self.comms[0].size) if names[0] == "heads" else self.layout
@@ -371,7 +394,7 @@ def _no_key(array) -> NoReturn:
 
 
 _NOT_OF_CALLS = ("causal", "window_size", "out_dtype", *_OF_LAYOUT)
-_VARYING = (*ARRAY_OPTIONS, *FUNCTIONS, "aux")
+_VARYING = (*ARRAY_OPTIONS, *FUNCTIONS, "aux", "block_mask")
 """Options of which equal calls may have others."""
 
 
@@ -433,15 +456,6 @@ def _axis_of_tokens(name: str, array) -> int:
     return axes - 1 if name in ("lse", "dlse") else max(0, axes - 3)
 
 
-def _expect_no_arrays(wrt) -> None:
-    """Raise UnsupportedError for gradients of arrays that scores read."""
-    for name in wrt or ():
-        if isinstance(name, str) and (name == "bias" or name.startswith("aux")):
-            raise UnsupportedError(
-                f"wrt over several ranks has no {name!r}: its gradient is of one GPU"
-            )
-
-
 def _as_batch(name: str, view: ArrayView, q) -> ArrayView:
     """The view with a batch axis. Raises ValueError."""
     axes = len(q.shape)
@@ -477,8 +491,17 @@ def with_batch(operands: dict[str, Any]) -> dict[str, Any]:
 
 
 def sum_over_ranks(problem: Problem, share, name: str):
-    """The gradient of what ranks share, in float32 and in the order of ranks."""
-    total = None
-    for each in problem.comm.all_gather(problem.arrays.contiguous(share), f"gradients of {name}"):
-        total = each if total is None else total + each
-    return total
+    """The gradient of what all ranks have, in float32 and in the order of ranks.
+
+    Some elements at a time, for those of all ranks arrive.
+    """
+    whole = problem.arrays.contiguous(share).reshape(-1)
+    for begin in range(0, whole.shape[0], _ELEMENTS_AT_ONCE):
+        own, total = whole[begin : begin + _ELEMENTS_AT_ONCE], None
+        for each in problem.comm.all_gather(own, f"gradients of {name}"):
+            total = each if total is None else total + each
+        own[...] = total
+    return whole.reshape(tuple(share.shape))
+
+
+_ELEMENTS_AT_ONCE = 2**22

@@ -74,6 +74,7 @@ def backward(
             shares.add(part)
             for name, gradient in part.results.items():
                 if name not in _OF_TOKENS:
+                    gradient = arrays.astype(gradient, "float32")
                     found[name] = found[name] + gradient if name in found else gradient
             # The next call takes the memory.
             del part, gradient
@@ -82,7 +83,7 @@ def backward(
     for name in wrt:
         if name not in found:
             # This rank has no queries.
-            found[name] = arrays.zeros(tuple(problem.calls.of_heads(name).shape), "float32")
+            found[name] = arrays.zeros(tuple(problem.calls.option(name).shape), "float32")
     return found
 
 

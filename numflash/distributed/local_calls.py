@@ -9,6 +9,7 @@ import numpy as np
 from numflash.api.attention import attention, attention_backward
 from numflash.api.varlen import attention_varlen, attention_varlen_backward
 from numflash.distributed.arrays import Arrays
+from numflash.distributed.blocks import part_of
 from numflash.distributed.pairs import Call, Pack, packs
 from numflash.problem.options import OPTIONS
 from numflash.selection.choice import split_configs
@@ -61,7 +62,9 @@ class LocalCalls:
         self._arrays, self._options, self._documents = arrays, options, documents
         self._known: dict[tuple, tuple[_Made, ...]] = {}
         self.by_position = any(name in given for name in BY_POSITION)
-        self._has_origin = self.by_position or "sinks" in given
+        # A block mask is cut to rows and heads, and so are its call's arrays of heads.
+        self._mask = given.get("block_mask")
+        self._has_origin = self._mask is None and (self.by_position or "sinks" in given)
         self._is_numbered = documents > 1 and any(name in given for name in OF_DOCUMENT)
         self.in_codes = given.get("precision") == "fp8"
         of_forward, of_backward = split_configs(given.pop("config", None))
@@ -73,8 +76,10 @@ class LocalCalls:
         """The same calls with more options."""
         return LocalCalls(self._options | options, self._arrays, self._documents)
 
-    def of_heads(self, name: str):
-        """The array of "sinks" or "alibi_slopes", of all heads of the problem."""
+    def option(self, name: str):
+        """The array of the whole problem that wrt calls so, as "sinks", "bias" or "aux0"."""
+        if name.startswith(_AUX):
+            return self._backward[_AUX][int(name.removeprefix(_AUX))]
         return self._backward[name]
 
     def forward(
@@ -138,6 +143,8 @@ class LocalCalls:
             verb = attention_varlen_backward if made.is_packed else attention_backward
             found = verb(*first, **cut, **made.options)
             results = dict(zip(names, found, strict=True))
+            if made.heads is not None:
+                results |= self._of_all_heads(results, made.heads)
             if made.is_packed:
                 results |= {name: x[None] for name, x in results.items() if name in _OF_TOKENS}
             yield Part(made.q, made.k, made.is_own, results)
@@ -168,7 +175,8 @@ class LocalCalls:
         for asked in _asked(calls, apart, self.by_position, self._has_origin, in_backward):
             options = asked.options(of_all, first_head)
             if in_backward:
-                names = tuple(x for x in wrt if x in _OF_TOKENS or x in options)
+                # Whatever is not of tokens is the whole problem's, but for a sink.
+                names = tuple(x for x in wrt if x != "sinks" or x in options)
                 if not names:
                     continue
                 options["wrt"] = names
@@ -187,13 +195,37 @@ class LocalCalls:
                 documents = self._documents if self._is_numbered else None
                 lengths = _on_device(self._arrays, pack, of_q[0], of_k[0], documents)
                 options |= zip(_NAMES, lengths, strict=True)
+            heads = None
+            if self._mask is not None:
+                heads, of_k = (first_head, first_head + q.shape[2]), (0, k.shape[1])
+                options |= self._of_part(options, pack.calls[0], heads)
             at = _places(of_q, of_k, 0 if is_packed else slice(None))
-            made.append(_Made(of_q, of_k, asked.is_own, is_packed, at, options, hidden))
+            made.append(_Made(of_q, of_k, asked.is_own, is_packed, at, options, hidden, heads))
         self._known[key] = tuple(made)
         return self._known[key]
 
+    def _of_part(
+        self, options: dict[str, Any], call: Call, heads: tuple[int, int]
+    ) -> dict[str, Any]:
+        """The options that a block mask has cut, of a call on all keys."""
+        first, rows = call.origin[0], call.q[1] - call.q[0]
+        found = {name: options[name][..., slice(*heads)] for name in _OF_HEADS if name in options}
+        found["block_mask"] = part_of(self._mask, (first, first + rows), heads)
+        return found
+
+    def _of_all_heads(self, results: dict[str, Any], heads: tuple[int, int]) -> dict[str, Any]:
+        """Gradients of arrays of heads, which a block mask has cut, with zeros for the others."""
+        found = {}
+        for name in _OF_HEADS:
+            if name in results:
+                found[name] = self._arrays.zeros(tuple(self.option(name).shape), "float32")
+                found[name][..., slice(*heads)] = results[name]
+        return found
+
 
 _OF_TOKENS = ("q", "k", "v")
+_OF_HEADS = ("sinks", "alibi_slopes")
+_AUX = "aux"
 _POSITIONAL = ("dout", "q", "k", "v", "out", "lse")
 
 
@@ -207,6 +239,7 @@ class _Made(NamedTuple):
         options: of the call, by name.
         hidden: what is added to lse, or None: -inf for rows in no sequence of the call, because of
             all rows with an lse sinks have a gradient.
+        heads: (begin, end) of its query heads where a block mask is cut to them, else None.
     """
 
     q: tuple[int, int]
@@ -216,6 +249,7 @@ class _Made(NamedTuple):
     at: dict[str, Any]
     options: dict[str, Any]
     hidden: Any
+    heads: tuple[int, int] | None
 
 
 def _places(q: tuple[int, int], k: tuple[int, int], entry: int | slice) -> dict[str, tuple]:

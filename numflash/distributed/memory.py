@@ -37,7 +37,7 @@ def memory_of_gather(
     group = sizes.of_heads(at_once)
     buffers = 1 if at_once == sizes.heads_kv else 2
     found = {"keys and values": buffers * group.keys(layout.seqlen)}
-    found |= _as_numbers(group, layout.seqlen)
+    found |= _copied(group, layout.seqlen)
     if backward:
         _, arriving = tokens_of(plan.give)
         found["shares of dK and dV"] = group.key_sums(layout.seqlen)
@@ -78,7 +78,7 @@ def memory_of_ring(
     operands = sizes.queries if travels == "queries" else sizes.keys
     found = {_NAMES[travels]: _most_at_a_time(plan, operands)}
     longest = max((layout.tokens(step.owner) for step in plan if step.calls), default=0)
-    found |= _as_numbers(sizes, tokens if travels == "queries" else longest)
+    found |= _copied(sizes, tokens if travels == "queries" else longest)
     if travels is None:
         merges = sum(len(step.calls) for step in plan) > 1
         if merges:
@@ -95,11 +95,11 @@ def memory_of_ring(
     return found | _in_float32(sizes, stays(tokens))
 
 
-def _as_numbers(sizes: Sizes, tokens: int) -> Memory:
-    """Keys and values that have travelled as codes, once more in the dtype of the queries."""
-    if sizes.recipe is None:
-        return {}
-    return {"keys and values as numbers": sizes._replace(recipe=None).keys(tokens)}
+def _copied(sizes: Sizes, tokens: int) -> Memory:
+    """Keys and values that have travelled as codes, once more as calls read them."""
+    copied = sizes.copied_keys(tokens)
+    name = "padded codes" if sizes.in_codes else "keys and values as numbers"
+    return {name: copied} if copied else {}
 
 
 _NAMES = {None: "keys and values", "keys": "keys and values", "queries": "queries"}
@@ -153,7 +153,7 @@ def memory_of_heads(sizes: Sizes, tokens: int, home: Sizes, *, backward: bool = 
     own_tokens = tokens * sizes.heads_q // home.heads_q
     row = sizes.out(tokens, sizes.itemsize) + sizes.rows(tokens)
     operands = sizes.q(tokens) + sizes.keys(tokens) + (row + sizes.rows(tokens)) * backward
-    numbers = _as_numbers(sizes, tokens)
+    numbers = _copied(sizes, tokens)
     results, arriving = row, home.out(own_tokens, home.itemsize) + home.rows(own_tokens)
     if backward:
         results = sizes.query_sums(tokens) + sizes.key_sums(tokens)

@@ -335,7 +335,7 @@ def _backward(
     going = tuple(name for name in cargo.gradients if name in wrt)
     shapes = {name: tuple(operands[name].shape) for name in ("q", "k", "v")}
     shapes |= {
-        name: tuple(problem.calls.of_heads(name).shape) for name in wrt if name not in _OPERANDS
+        name: tuple(problem.calls.option(name).shape) for name in wrt if name not in _OPERANDS
     }
     kept, shares = _Kept(problem.arrays, shapes), _Shares()
     around, sums = _Round(problem, plan, cargo), _Sums(problem, plan, cargo, going)

@@ -20,8 +20,10 @@ from numflash.configs import padded_fp8_head_dim
 from numflash.distributed.arrays import Arrays, Bundle, Places, places_in_bundle
 from numflash.distributed.layouts import Layout
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
+from numflash.runtime.errors import UnsupportedError
 
 FORMAT = "e4m3"
+WHY_NOT_FP8 = 'scales would depend on who holds which tokens; wire="e4m3" quantises at the owner'
 _ROTATED_STEP = 64
 
 
@@ -308,6 +310,29 @@ def recipe_of(wire: str | Fp8Recipe | None, head_dim: int) -> Fp8Recipe | None:
     if wire != FORMAT:
         raise ValueError(f'wire must be None, "{FORMAT}" or an Fp8Recipe, got {wire!r}')
     return Fp8Recipe("token", hadamard=head_dim % _ROTATED_STEP == 0)
+
+
+def expect_precision(function: str, precision: str | None, wire, backward: bool) -> None:
+    """Check that a function can have a precision over several ranks. Raises UnsupportedError."""
+    if precision == "auto" or (precision == "fp8" and wire is None):
+        raise UnsupportedError(
+            f"{function} takes no precision={precision!r}: {WHY_NOT_FP8}, and "
+            'precision="fp8" then multiplies these codes'
+        )
+    if precision == "fp8" and backward:
+        raise UnsupportedError(
+            f"{function} has no precision='fp8' in a backward: it takes gradients in 16 bits, of "
+            "the numbers that codes of keys and values stand for"
+        )
+
+
+def expect_method_of_codes(method: str | tuple[str, str]) -> None:
+    """Check the method of precision="fp8". Raises UnsupportedError."""
+    if method == "heads":
+        raise UnsupportedError(
+            'precision="fp8" over several ranks is for what gathers or sends round keys and '
+            f"values, also across groups; got method={method!r}"
+        )
 
 
 def expect_layout_for(wire: str | Fp8Recipe | None, layout: Layout) -> None:

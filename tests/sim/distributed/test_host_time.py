@@ -201,8 +201,8 @@ def least_seconds(call, rounds: int = 400) -> float:
         ("heads", "backward", 180),
     ],
 )
-def test_a_turn_takes_few_microseconds_besides_its_calls(monkeypatch, asked, method, one_way, most):
-    """Of the host, on average of a call's turns, its checks among them; 60 is the aim.
+def test_a_turn_takes_few_microseconds(monkeypatch, asked, method, one_way, most):
+    """Of the host, besides its calls, on average of all turns; checks count; 60 is the aim.
 
     Arrays are so small that NumPy's arithmetic hides nothing.
     """
