@@ -55,9 +55,11 @@ def attention(
         return_lse: also return the log-sum-exp.
         out_dtype: as of `numflash.attention`.
         options: those of `numflash.attention` that hold for the whole problem: softmax_scale,
-            softcap, sinks and alibi_slopes of all heads; for one document also dropout_p with
-            seed, bias, mask, score_mod, mask_mod and aux by global rows and columns; precision,
-            config. Without a config gather and heads run on all ranks the one that
+            softcap, sinks and alibi_slopes of all heads; dropout_p with seed, bias, mask,
+            score_mod, mask_mod and aux by global rows and columns, of several documents by those
+            of each and its number, as in `attention_varlen`; by gather and heads a block_mask,
+            with segments that begin where its blocks do; precision, config. Without a config
+            gather and heads run on all ranks the one that
             `numflash.distributed.whole.pinned_config` names.
 
     Returns:
@@ -67,9 +69,10 @@ def attention(
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`; a layout of other tokens
             or ranks; heads that ranks cannot share; causal_align, shift or origin, which the
-            layout says; block_mask, lengths, precision="auto", "fp8" without wire or by heads
-            alone, and with several documents dropout, bias, mask and functions. Before anything
-            travels, and on all ranks alike, also where they differ in what they ask for.
+            layout says; lengths, precision="auto", "fp8" without wire or by heads alone; a
+            block_mask with a ring, documents or options by position; with several documents and
+            a batch, or in 8 bits, dropout, bias, mask and functions. Before anything travels, and
+            on all ranks alike, also where they differ in what they ask for.
         CommunicatorError: a rank is gone, or did not come within the deadline of its group.
 
     Memory beyond inputs and results, of each rank, S tokens in all, of 16 bits: gather two buffers

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from numflash.api.block_masks import own
 from numflash.calls.ready import remembered
-from numflash.distributed import gather, heads, ring, steps, whole
+from numflash.distributed import gather, heads, positions, ring, whole
 from numflash.distributed.agreement import (
     FUNCTIONS,
     NoKeyError,
@@ -22,9 +22,9 @@ from numflash.distributed.communicators import Communicator
 from numflash.distributed.communicators.alone import Alone
 from numflash.distributed.communicators.grid import Grid
 from numflash.distributed.layouts import Layout
-from numflash.distributed.local_calls import BY_POSITION, OF_DOCUMENT, LocalCalls, is_given
+from numflash.distributed.local_calls import BY_POSITION, LocalCalls, is_given
 from numflash.distributed.memory import best_method
-from numflash.distributed.pairs import Band, Call
+from numflash.distributed.pairs import Band
 from numflash.distributed.problem import Method, Problem, sizes_of
 from numflash.distributed.sizes import expect_heads
 from numflash.distributed.wire import (
@@ -44,7 +44,6 @@ from numflash.problem.options import (
 )
 from numflash.runtime.arrays import library_of
 from numflash.runtime.errors import UnsupportedError
-from numflash.runtime.philox import ALIGNMENT
 from numflash.runtime.views import ArrayView
 from numflash.selection.choice import split_configs
 from numflash.selection.store import generation
@@ -271,9 +270,10 @@ class RankedCall:
         names = self._names(names, views, options)
         if options.precision == "fp8" and len(self.comms) == 1:
             expect_method_of_codes(self.method)
-        self._expect_positions(options, names, views["q"].shape[0])
-        if options.block_mask is not None:
-            self._expect_blocks(options, names)
+        layout, documents = self._across(names), len(self.layout.lengths)
+        positions.expect_documents(options, documents, views["q"].shape[0])
+        positions.expect_random_bits(options, layout, names[-1])
+        positions.expect_blocks(options, layout, names[-1])
         if self.asked is None and names[-1] == "gather" and not forced:
             config = whole.pinned_config(views, self.layout, options._replace(config=None))
         return Checked(names, config, wrt)
@@ -318,66 +318,9 @@ class RankedCall:
             ),
         )
 
-    def _expect_positions(
-        self, options: AttentionOptions, names: tuple[str, ...], batch: int
-    ) -> None:
-        """Check the options that depend on positions. Raises ValueError, UnsupportedError."""
-        given = [name for name in OF_DOCUMENT if is_given(name, getattr(options, name))]
-        if given and len(self.layout.lengths) > 1:
-            reason = None
-            if batch != 1:
-                reason = f"its batch entry is the number of a document, and q has {batch} entries"
-            elif options.precision == "fp8":
-                reason = "kernels on 8-bit floats know no packed documents, whose numbers it needs"
-            if reason:
-                raise UnsupportedError(
-                    f"{given[0]} over several ranks with {len(self.layout.lengths)} documents: "
-                    f"{reason}"
-                )
-        if "dropout_p" in given:
-            layout, band = self._across(names), Band.of(options.causal, options.window_size)
-            begins = {n for call in _calls(layout, band, names[-1]) for n in call.origin}
-            if any(n % ALIGNMENT for n in begins):
-                raise ValueError(
-                    f"with dropout_p calls must begin at multiples of {ALIGNMENT} tokens, to "
-                    f"which random bits belong: make the layout with multiple={ALIGNMENT}, and "
-                    "with a ring a window that is such a multiple"
-                )
-
-    def _expect_blocks(self, options: AttentionOptions, names: tuple[str, ...]) -> None:
-        """Check a block mask, whose blocks are not cut. Raises ValueError, UnsupportedError."""
-        others = [name for name in OF_DOCUMENT if is_given(name, getattr(options, name))]
-        reason = None
-        if len(self.layout.lengths) > 1:
-            reason = f"it is of one sequence, and the layout has {len(self.layout.lengths)}"
-        elif names[-1] == "ring":
-            reason = 'its blocks are of all keys of a query, which "gather" and "heads" have'
-        elif others:
-            reason = f"a call with lists of its own rows has no origin, by which {others[0]} goes"
-        if reason:
-            raise UnsupportedError(f"block_mask over several ranks: {reason}")
-        layout, (block_m, _) = self._across(names), options.block_mask.block_size
-        places = [place for rank in range(layout.ranks) for place in layout.places(rank)]
-        for begin, _ in places:
-            if begin % block_m:
-                raise ValueError(
-                    f"with a block_mask segments must begin at multiples of its blocks' {block_m} "
-                    f"queries, and one begins at token {begin}: make the layout with "
-                    f"multiple={block_m}"
-                )
-
     def _across(self, names: tuple[str, ...]) -> Layout:
         """The layout of the method across groups."""
         return _merged(self.layout, self.comms[0].size) if names[0] == "heads" else self.layout
-
-
-def _calls(layout: Layout, band: Band, method: str) -> list[Call]:
-    """Those of all ranks, where scores depend on positions."""
-    if method == "gather":
-        return [call for plan in steps.gathering(layout, band) for call in plan.calls]
-    return [
-        call for plan in steps.ring(layout, band, True) for step in plan for call in step.calls
-    ]
 
 
 def _glance(array) -> tuple:

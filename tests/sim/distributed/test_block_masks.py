@@ -129,7 +129,7 @@ def test_what_is_refused():
     refused((UnsupportedError, TypeError), "block_mask", layout=documents)
     refused(
         ValueError,
-        "begins at token 8.*multiple=16",
+        "begins at token 40.*multiple=16",
         layout=Layout.of_segments([64], [[(0, 0, 8), (0, 40, 24)], [(0, 8, 32)]]),
     )
     refused(
