@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from numflash.distributed import steps
 from numflash.distributed.layouts import Layout
+from numflash.distributed.packing import are_packed, has_many_messages
 from numflash.distributed.pairs import Band, Call
 from numflash.distributed.sizes import Sizes, gathered_at_once, tokens_of, what_travels
 
@@ -38,10 +39,16 @@ def memory_of_gather(
     buffers = 1 if at_once == sizes.heads_kv else 2
     found = {"keys and values": buffers * group.keys(layout.seqlen)}
     found |= _copied(group, layout.seqlen)
+    sent, received = tokens_of(plan.fetch)
+    is_packed = are_packed(layout, band, sizes.recipe)
+    if is_packed:
+        found["rows put together"] = group.keys(sent) + group.keys(received)
     if backward:
         _, arriving = tokens_of(plan.give)
         found["shares of dK and dV"] = group.key_sums(layout.seqlen)
         found["arriving shares"] = group.key_sums(arriving)
+        if is_packed:
+            found["rows put together"] += group.key_sums(received)
         rows, keys = (_longest(plan.calls, side) for side in (0, 1))
         found["a part"] = group.query_sums(rows) + group.key_sums(keys)
         tokens = layout.tokens(rank)
@@ -184,10 +191,6 @@ def memory_of(
     )
 
 
-MOST_MESSAGES = 256
-"""That a rank posts together: more have hung in NCCL (PyTorch's pull request 174942)."""
-
-
 @lru_cache(maxsize=256)
 def best_method(
     layout: Layout,
@@ -213,9 +216,8 @@ def best_method(
         "gather", or "ring" where gathering takes more memory than that, even with one key-value
         head at a time, or more messages together than libraries bear.
     """
-    a_run = 1 if sizes.recipe is None else 2
-    messages = (a_run * sum(map(len, plan.fetch)) for plan in steps.gathering(layout, band))
-    if any(number > MOST_MESSAGES for number in messages):
+    is_packed = are_packed(layout, band, sizes.recipe)
+    if not is_packed and has_many_messages(layout, band, sizes.recipe):
         return "ring"
     ranks = range(layout.ranks)
     most = max(
