@@ -9,7 +9,7 @@ from numflash.distributed import Layout, attention, attention_backward, blocks
 from numflash.distributed.whole import pinned_config
 from numflash.problem.options import AttentionOptions
 from numflash.runtime.numpy_arrays import NumPy
-from tests.support.covering import thorough
+from tests.support.covering import some, thorough
 from tests.support.ranks import on_ranks
 
 TOKENS, HEADS_Q, HEADS_KV, BLOCK = 40, 4, 2, 16
@@ -78,8 +78,8 @@ def on(method: str, options: dict, wrt: tuple[str, ...] = ()) -> list[np.ndarray
     return on_ranks(2, work)[0]
 
 
-@pytest.mark.parametrize("method", ["gather", pytest.param("heads", marks=thorough)])
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("method", some(["gather", "heads"], "gather"))
+@pytest.mark.parametrize("name", some(ASKED, "function"))
 def test_bits_are_those_of_one_gpu(name, method):
     options, whole = ASKED[name](), arrays()
     given = {"return_lse": True, "config": config_of(options), **options}

@@ -95,7 +95,7 @@ BY_DOCUMENT = {
 }
 
 
-@pytest.mark.parametrize("option", some(BY_DOCUMENT, "dropout", "bias, slopes"))
+@pytest.mark.parametrize("option", some(BY_DOCUMENT, "functions"))
 def test_options_by_documents_and_positions_in_them(option):
     """A document's number is its batch entry, as one GPU's `attention_varlen` counts them."""
     options, lengths = BY_DOCUMENT[option], (35, 3, 0, 18) if option == "dropout" else (14, 1, 5)
