@@ -19,7 +19,11 @@ from numflash.configs.traits import Traits
 from numflash.problem.classes import ProblemClass, round_up
 from numflash.runtime.devices import Architecture
 
-_ONE_LANE = ("cvt_", "mul_", "lop3_", "mov_", "float_", "bits_", "ld_", "st_")
+_ARITHMETIC = (
+    *("ex2_", "lg2_", "sqrt_", "rsqrt_", "sin_", "cos_", "tanh_"),
+    *("max_", "min_", "mul_", "div_", "fma_"),
+)
+_ONE_LANE = (*_ARITHMETIC, "cvt_", "lop3_", "mov_", "float_", "bits_", "ld_", "st_")
 _RECORD = json.loads((Path(__file__).parents[2] / "docs" / "evidence.json").read_text())
 NO_WITNESS = tuple(name for name in _RECORD["without"] if not name.startswith(_ONE_LANE))
 """Instructions of more than one lane that no other compiler's kernel has confirmed."""
@@ -132,8 +136,8 @@ def _instructions(cases: Iterable[Any]) -> list[dict]:
 
 
 def _subject(instruction: str) -> str:
-    """The first word of a mnemonic: what is alike is one step."""
-    return instruction.partition("_")[0]
+    """The first word of a mnemonic, or arithmetic: what is alike is one step."""
+    return "arithmetic" if instruction.startswith(_ARITHMETIC) else instruction.partition("_")[0]
 
 
 def _forwards() -> list[dict]:

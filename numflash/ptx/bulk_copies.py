@@ -11,7 +11,7 @@ memory after its `fence_proxy_async`.
 
 from numflash.ptx.instruction import instruction
 from numflash.ptx.operands import Shared
-from numflash.ptx.scalars import TensorMap, i32, u32, u64
+from numflash.ptx.scalars import TensorMap, i32, i64, u32, u64
 from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
@@ -33,17 +33,18 @@ _STORE = (
 )
 
 
-def _template(text: str, n: int) -> str:
+def tensor_template(text: str, n: int) -> str:
+    """An instruction of `n` dimensions, of the text for any: its number and its coordinates."""
     return text.format(n=n, coordinates=", ".join(f"<c{i}>" for i in range(n)))
 
 
-@instruction(_template(_LOAD, 2), sm=90)
+@instruction(tensor_template(_LOAD, 2), sm=90)
 def cp_async_bulk_tensor_2d(
     target: Shared(u32, "target_offset"),
-    target_offset: i32,
+    target_offset: i64,
     tensor_map: TensorMap,
     barriers: Shared(u64, "index"),
-    index: i32,
+    index: i64,
     policy: u64,
     c0: i32,
     c1: i32,
@@ -55,13 +56,13 @@ def cp_async_bulk_tensor_2d(
     _load(target, target_offset, tensor_map, barriers, index, (c0, c1))
 
 
-@instruction(_template(_LOAD, 3), sm=90)
+@instruction(tensor_template(_LOAD, 3), sm=90)
 def cp_async_bulk_tensor_3d(
     target: Shared(u32, "target_offset"),
-    target_offset: i32,
+    target_offset: i64,
     tensor_map: TensorMap,
     barriers: Shared(u64, "index"),
-    index: i32,
+    index: i64,
     policy: u64,
     c0: i32,
     c1: i32,
@@ -71,13 +72,13 @@ def cp_async_bulk_tensor_3d(
     _load(target, target_offset, tensor_map, barriers, index, (c0, c1, c2))
 
 
-@instruction(_template(_LOAD, 4), sm=90)
+@instruction(tensor_template(_LOAD, 4), sm=90)
 def cp_async_bulk_tensor_4d(
     target: Shared(u32, "target_offset"),
-    target_offset: i32,
+    target_offset: i64,
     tensor_map: TensorMap,
     barriers: Shared(u64, "index"),
-    index: i32,
+    index: i64,
     policy: u64,
     c0: i32,
     c1: i32,
@@ -88,13 +89,13 @@ def cp_async_bulk_tensor_4d(
     _load(target, target_offset, tensor_map, barriers, index, (c0, c1, c2, c3))
 
 
-@instruction(_template(_LOAD, 5), sm=90)
+@instruction(tensor_template(_LOAD, 5), sm=90)
 def cp_async_bulk_tensor_5d(
     target: Shared(u32, "target_offset"),
-    target_offset: i32,
+    target_offset: i64,
     tensor_map: TensorMap,
     barriers: Shared(u64, "index"),
-    index: i32,
+    index: i64,
     policy: u64,
     c0: i32,
     c1: i32,
@@ -106,13 +107,13 @@ def cp_async_bulk_tensor_5d(
     _load(target, target_offset, tensor_map, barriers, index, (c0, c1, c2, c3, c4))
 
 
-@instruction(_template(_STORE, 2), sm=90)
+@instruction(tensor_template(_STORE, 2), sm=90)
 def cp_async_bulk_tensor_2d_store(
     tensor_map: TensorMap,
     c0: i32,
     c1: i32,
     source: Shared(u32, "source_offset"),
-    source_offset: i32,
+    source_offset: i64,
 ):
     """The tile in shared memory to (c0, c1), as part of the next bulk group.
 
@@ -121,20 +122,20 @@ def cp_async_bulk_tensor_2d_store(
     _store(tensor_map, (c0, c1), source, source_offset)
 
 
-@instruction(_template(_STORE, 3), sm=90)
+@instruction(tensor_template(_STORE, 3), sm=90)
 def cp_async_bulk_tensor_3d_store(
     tensor_map: TensorMap,
     c0: i32,
     c1: i32,
     c2: i32,
     source: Shared(u32, "source_offset"),
-    source_offset: i32,
+    source_offset: i64,
 ):
     """As `cp_async_bulk_tensor_2d_store` in three dimensions."""
     _store(tensor_map, (c0, c1, c2), source, source_offset)
 
 
-@instruction(_template(_STORE, 4), sm=90)
+@instruction(tensor_template(_STORE, 4), sm=90)
 def cp_async_bulk_tensor_4d_store(
     tensor_map: TensorMap,
     c0: i32,
@@ -142,13 +143,13 @@ def cp_async_bulk_tensor_4d_store(
     c2: i32,
     c3: i32,
     source: Shared(u32, "source_offset"),
-    source_offset: i32,
+    source_offset: i64,
 ):
     """As `cp_async_bulk_tensor_2d_store` in four dimensions."""
     _store(tensor_map, (c0, c1, c2, c3), source, source_offset)
 
 
-@instruction(_template(_STORE, 5), sm=90)
+@instruction(tensor_template(_STORE, 5), sm=90)
 def cp_async_bulk_tensor_5d_store(
     tensor_map: TensorMap,
     c0: i32,
@@ -157,7 +158,7 @@ def cp_async_bulk_tensor_5d_store(
     c3: i32,
     c4: i32,
     source: Shared(u32, "source_offset"),
-    source_offset: i32,
+    source_offset: i64,
 ):
     """As `cp_async_bulk_tensor_2d_store` in five dimensions."""
     _store(tensor_map, (c0, c1, c2, c3, c4), source, source_offset)

@@ -109,19 +109,32 @@ class BulkCopies(Part):
         self._stores: dict[int, _Stores] = defaultdict(_Stores)
         self._when_waited, self._any_time = _HASTE[int(block.random() * len(_HASTE))]
 
-    def load(self, target, offset, tensor_map, barriers, index, coordinates) -> None:
-        """Begin to copy a tile to element `offset` of `target`."""
+    def load(self, target, offset, tensor_map, barriers, index, coordinates, blocks=None) -> None:
+        """Begin to copy a tile to element `offset` of `target`.
+
+        In each of `blocks` of the cluster, the own one by default, to the same address: it arrives
+        in each at a time of its own, and an mbarrier of each counts it.
+        """
         coordinates, address = self._place("a bulk load", target, offset, tensor_map, coordinates)
-        barrier = self._mbarriers.find(barriers, index)
-        if not barrier.visible_to_copies:
-            raise SimulationError(
-                f"a bulk load: {barrier} was initialised without a fence_mbarrier_init after it"
-            )
-        n_bytes = tensor_map.n_bytes
+        counted_at = self.block.shared.address(barriers, index)
         self._proxy.check_global("a bulk load")
-        self._proxy.begin_arrival("a bulk load", address, n_bytes)
-        self.block.shared.bytes[address : address + n_bytes] = POISON
-        self._loads.append(_Load(tensor_map, coordinates, address, barrier))
+        for block in blocks or (self.block,):
+            copies = block.part(BulkCopies)
+            barrier = copies._mbarriers.find_at(counted_at, index)
+            copies._begin(_Load(tensor_map, coordinates, address, barrier), block is self.block)
+
+    def _begin(self, load: _Load, is_own: bool) -> None:
+        """Begin a load into this block; whether the block itself has issued it."""
+        if not load.barrier.visible_to_copies:
+            raise SimulationError(
+                f"a bulk load: {load.barrier} was initialised without a fence_mbarrier_init after "
+                "it"
+            )
+        n_bytes = load.tensor_map.n_bytes
+        threads = None if is_own else ()
+        self._proxy.begin_arrival("a bulk load", load.address, n_bytes, threads)
+        self.block.shared.bytes[load.address : load.address + n_bytes] = POISON
+        self._loads.append(load)
         self._perhaps_deliver()
 
     def wait(self, barriers, index, parity) -> None:

@@ -255,9 +255,13 @@ class Block:
 
     def _someone_can_run(self) -> bool:
         while not self.num_ready and self.live:
-            if not any(part.advance() for part in self.parts.values()):
+            if not self.advance():
                 break
         return self.num_ready > 0
+
+    def advance(self) -> bool:
+        """Let a part make progress that no thread makes; whether one did."""
+        return any(part.advance() for part in self.parts.values())
 
     def _pick(self) -> Thread:
         """A random ready thread of the favoured warp."""
@@ -327,7 +331,7 @@ class Block:
         """Whether the threads that can run, but for the running one, only look at memory."""
         if self.num_ready > len(self.pollers):
             return False
-        return not any(part.advance() for part in self.parts.values())
+        return not self.advance()
 
     def others_only_poll(self, idle: bool) -> bool:
         """Whether all but the running thread do; `idle` is whether they do in this block."""
@@ -403,6 +407,8 @@ class Block:
                 continue
             if len(meeting.arrived) == meeting.expected:
                 self._complete(key, meeting)
+        for part in self.parts.values():
+            part.returned(thread)
 
     def _end_waiting_threads(self) -> None:
         """After a failure: unwind the threads that wait, so that they close what they opened."""

@@ -11,6 +11,7 @@ from numba import cuda as numba_cuda
 from numba.cuda.simulator import api as numba_api
 from numba.cuda.simulator import kernel as numba_kernel
 
+from numflash.simulator.clusters import MOST_BLOCKS
 from numflash.simulator.cuda import Dim3, SimulatedCuda, cuda
 from numflash.simulator.engine import Block
 from numflash.simulator.memory import GlobalPointer
@@ -23,7 +24,13 @@ _one_launch = threading.RLock()
 
 
 def launch(
-    kernel: Callable, grid, block, args, dynamic_smem_bytes: int = 0, blocks_per_sm: int = 1
+    kernel: Callable,
+    grid,
+    block,
+    args,
+    dynamic_smem_bytes: int = 0,
+    blocks_per_sm: int = 1,
+    cluster: int = 1,
 ) -> None:
     """Run `kernel(*args)` for every thread of every block.
 
@@ -35,24 +42,34 @@ def launch(
         args: what every thread gets; arrays as `GlobalPointer` for `Pointer` parameters.
         dynamic_smem_bytes: size of the dynamic shared memory.
         blocks_per_sm: blocks that share the registers of an SM.
+        cluster: blocks of a cluster, with neighbouring blockIdx.x.
+
+    Raises:
+        ValueError: the grid does not consist of such clusters.
     """
     grid, block = _three(grid), _three(block)
+    if not 1 <= cluster <= MOST_BLOCKS or grid[0] % cluster:
+        raise ValueError(
+            f"a grid of {grid[0]} blocks in x and clusters of {cluster}: the grid must be a "
+            f"multiple of the cluster, which has 1 to {MOST_BLOCKS} blocks"
+        )
     positions = _positions(grid)
     talking = talks(kernel)
     resident = num_resident(talking, len(positions), SEED.value)
     # Kernels compute with infinities on purpose; NumPy would warn of each. Numba's own device
     # functions, which a kernel may be given, ask for the context of the launch.
     with _one_launch, np.errstate(all="ignore"), _numba_context():
-        if resident > 1 or talking:
+        if resident > 1 or talking or cluster > 1:
             of_block = kernel, grid, block, dynamic_smem_bytes, blocks_per_sm
-            _run_together(*of_block, positions, resident, [_watched(arg) for arg in args])
+            watched = [_watched(arg) for arg in args]
+            _run_together(*of_block, positions, resident, watched, cluster)
             return
         for position in positions:
             run_block(kernel, grid, block, position, args, dynamic_smem_bytes, blocks_per_sm)
 
 
 def _run_together(
-    kernel, grid, block, dynamic_smem_bytes, blocks_per_sm, positions, resident, args
+    kernel, grid, block, dynamic_smem_bytes, blocks_per_sm, positions, resident, args, cluster
 ) -> None:
     threads = [Dim3(*p) for p in _positions(block)]
 
@@ -64,7 +81,7 @@ def _run_together(
         made.gridDim, made.blockDim = Dim3(*grid), Dim3(*block)
         return made
 
-    Grid(make, positions, resident, SEED.value).run()
+    Grid(make, positions, resident, SEED.value, cluster).run()
 
 
 def _watched(argument):

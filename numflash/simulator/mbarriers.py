@@ -84,12 +84,19 @@ class Mbarriers(Part):
 
     def find(self, array, index: int) -> Mbarrier:
         """The mbarrier that is element `index` of `array`. Raises SimulationError."""
-        address = self.block.shared.address(array, index)
+        return self.find_at(self.block.shared.address(array, index), index)
+
+    def find_at(self, address: int, index: int) -> Mbarrier:
+        """The mbarrier at a shared address, which a kernel calls element `index`.
+
+        Raises SimulationError.
+        """
         barrier = self._by_address.get(address)
         if barrier is None:
             raise SimulationError(
-                f"element {index} at shared address {address:#x} is used as an mbarrier, but "
-                "mbarrier_init has not made it one; or a barrier after it is missing"
+                f"element {index} at shared address {address:#x} of block "
+                f"{tuple(self.block.blockIdx)} is used as an mbarrier, but mbarrier_init has not "
+                "made it one; or a barrier after it is missing"
             )
         if self._content(address).tobytes() != _CONTENT.tobytes():
             raise SimulationError(f"the bytes of {barrier} have been written over")
@@ -97,7 +104,10 @@ class Mbarriers(Part):
 
     def arrive(self, array, index: int, n_bytes: int = 0) -> None:
         """Announce n_bytes, and arrive once."""
-        barrier, n_bytes = self.find(array, index), int(n_bytes)
+        self.arrive_at(self.find(array, index), int(n_bytes))
+
+    def arrive_at(self, barrier: Mbarrier, n_bytes: int = 0) -> None:
+        """Announce n_bytes to an mbarrier, and arrive once."""
         if barrier.pending == 0:
             raise SimulationError(
                 f"{barrier}: one arrival more than its count of {barrier.count} in phase "
@@ -110,7 +120,9 @@ class Mbarriers(Part):
         self._end_phase_if_complete(barrier)
 
     def deliver(self, barrier: Mbarrier, n_bytes: int) -> None:
-        """A copy has brought n_bytes."""
+        """A copy has brought n_bytes, announced or not yet."""
+        if barrier.bytes - n_bytes < -_MAX_COUNT:
+            raise SimulationError(f"{barrier}: more than 2 ** 20 - 1 bytes that none announced")
         barrier.bytes -= n_bytes
         barrier.delivered += n_bytes
         self._end_phase_if_complete(barrier)

@@ -11,6 +11,9 @@ class Part:
         """Make progress that no thread makes, when none can run; whether there was any."""
         return False
 
+    def returned(self, thread) -> None:
+        """A thread of the block has returned."""
+
     def report(self) -> list[str]:
         """Lines of a deadlock's message: who waits here for what."""
         return []

@@ -71,10 +71,10 @@ class AsyncProxy(Part):
                 "fence_proxy_async_global in between"
             )
 
-    def begin_arrival(self, what: str, address: int, n_bytes: int) -> None:
-        """A copy will write n_bytes at `address`, a multiple of 16."""
+    def begin_arrival(self, what: str, address: int, n_bytes: int, threads=None) -> None:
+        """A copy of `threads`, see `check`, will write n_bytes at `address`, a multiple of 16."""
         chunks = slice(address // 16, (address + n_bytes) // 16)
-        self.check(what, chunks)
+        self.check(what, chunks, threads)
         self._words.reshape(-1, 4)[chunks] = _ARRIVING
 
     def end_arrival(self, address: int, n_bytes: int) -> None:
@@ -85,7 +85,7 @@ class AsyncProxy(Part):
     def check(self, what: str, chunks, threads: Iterable[int] | None = None) -> None:
         """Raise SimulationError unless `what` may touch these 16-byte chunks of shared memory.
 
-        `threads` execute it: the running one by default.
+        `threads` execute it: the running one by default, none where it is of another block.
         """
         self._look_at_stores()
         states = self._words.reshape(-1, 4)[chunks]
@@ -97,7 +97,7 @@ class AsyncProxy(Part):
                 "mbarrier, or for an empty buffer, is missing"
             )
         threads = [current_thread().index] if threads is None else threads
-        seen = min(self._fenced.get(thread, 0) for thread in threads)
+        seen = min((self._fenced.get(thread, 0) for thread in threads), default=0)
         unseen = (states != _CLEAN) & (self._times.reshape(-1, 4)[chunks] >= seen)
         if not unseen.any():
             return

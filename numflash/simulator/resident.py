@@ -6,7 +6,9 @@ others. When a block ends the next one begins, in the order of blockIdx.
 
 Most kernels have nothing to do with that, and their blocks run one after the other. Those that say
 something to each other (`numflash.ptx.between_blocks`) run with as many resident blocks as the
-seed draws; `NUMFLASH_SIM_BLOCKS` is a number for all kernels.
+seed draws; `NUMFLASH_SIM_BLOCKS` is a number for all kernels. The blocks of a cluster begin
+together. Where no thread of one can go on, others of its cluster do: before its own copies arrive,
+after, or at random.
 """
 
 import random
@@ -19,6 +21,7 @@ from greenlet import getcurrent, greenlet
 
 from numflash.runtime.switches import whole_number
 from numflash.simulator import engine
+from numflash.simulator.clusters import Cluster
 from numflash.simulator.engine import RELENTING, Block, Patience
 from numflash.simulator.writes import Writes
 
@@ -28,6 +31,8 @@ _DRAWN = (1, 2, 3, 5, 8)
 _RESTLESSNESS = (1.0, 1 / 64, 1 / 2048)
 # The probability that a launch has a block that runs only when no other does anything.
 _LAGGARDS = 0.5
+# The probability that copies of a block that waits arrive before others of its cluster go on.
+_HASTE = (0.0, 0.5, 1.0)
 _TALK = "numflash.ptx.between_blocks"
 _SILENT = ("numflash.simulator", "numflash.ptx", "numpy", "numba", "ml_dtypes")
 _talking: WeakKeyDictionary[Callable, bool] = WeakKeyDictionary()
@@ -140,15 +145,17 @@ class Grid:
         positions: of the blocks, in the order in which they begin.
         num_resident: how many run together.
         seed: of their order.
+        cluster: blocks of a cluster, which begin together, more than `num_resident` or not.
     """
 
-    def __init__(self, make: Callable, positions: list, num_resident: int, seed: int):
-        self._make, self._positions, self._most = make, positions, num_resident
+    def __init__(
+        self, make: Callable, positions: list, num_resident: int, seed: int, cluster: int = 1
+    ):
+        self._make, self._positions, self._cluster = make, positions, cluster
+        self._most = max(num_resident, cluster)
         self._begun = 0
-        self.order, self.patience = (
-            Order(len(positions), seed, _RESTLESSNESS),
-            Patience(num_resident),
-        )
+        self.order = Order(len(positions), seed, _RESTLESSNESS)
+        self.patience = Patience(self._most)
         self.writes = Writes(positions)
         self.resident: list[ResidentBlock] = []
         self._following: ResidentBlock | None = None
@@ -158,7 +165,8 @@ class Grid:
         self._home, outer = getcurrent(), engine._running
         try:
             while self._admit():
-                block = self._following or self.order.choose(self.resident, False)
+                able = [block for block in self.resident if block.is_able]
+                block = self._following or self.order.choose(able or self.resident, False)
                 self._following = None
                 block.go_on()  # until a block has ended, or one is to begin
         finally:
@@ -168,10 +176,15 @@ class Grid:
 
     def _admit(self) -> bool:
         """Let blocks begin where there is room; whether any is left."""
-        while self._begun < len(self._positions) and len(self.resident) < self._most:
-            block = self._make(self._begun, self)
-            self._begun += 1
-            self.resident.append(block)
+        most = min(self._most, len(self.resident) + len(self._positions) - self._begun)
+        while len(self.resident) + self._cluster <= most:
+            numbers = range(self._begun, self._begun + self._cluster)
+            blocks = [self._make(number, self) for number in numbers]
+            for block in blocks:
+                block.peers = [each for each in blocks if each is not block]
+            Cluster(blocks)
+            self._begun += self._cluster
+            self.resident += blocks
         return bool(self.resident)
 
     def begin(self, block: "ResidentBlock", args) -> None:
@@ -180,11 +193,11 @@ class Grid:
         self.resident.remove(block)
         self.patience.polls = 0
 
-    def give_way(self, block: "ResidentBlock", polls: bool) -> None:
-        """Let another block go on, from the thread that runs in `block`."""
+    def give_way(self, blocks: list["ResidentBlock"], polls: bool) -> None:
+        """Let one of these blocks go on, from where another one runs."""
         if not polls:
             self.patience.polls = 0
-        following = self.order.choose([each for each in self.resident if each is not block], polls)
+        following = self.order.choose(blocks, polls)
         if following.has_begun:
             following.go_on()
         else:
@@ -205,6 +218,7 @@ class ResidentBlock(Block):
     Attributes:
         number: its place in the order of blockIdx.
         is_idle: whether its threads do nothing but look at memory, or wait.
+        peers: the other blocks of its cluster.
     """
 
     def __init__(self, number: int, grid: Grid, args, *of_block):
@@ -212,6 +226,10 @@ class ResidentBlock(Block):
         self.number, self.grid, self.writes = number, grid, grid.writes
         self.patience = grid.patience
         self.has_begun, self.is_idle = False, False
+        self.peers: list[ResidentBlock] = []
+        # Whether it has found that no thread of it can go on.
+        self._waits = False
+        self._haste = random.Random(f"haste {self.seed} {number}").choice(_HASTE)
         self._own = self._point = greenlet(lambda: grid.begin(self, args))
         self._own.gr_context = copy_context()
 
@@ -219,6 +237,11 @@ class ResidentBlock(Block):
         """Switch to where the block gave way, or to its beginning."""
         self.has_begun = True
         self._point.switch()
+
+    @property
+    def is_able(self) -> bool:
+        """Whether it can go on without other blocks, as far as is known."""
+        return not self._waits or self.num_ready > 0
 
     def end(self) -> None:
         """After a failure in another block: unwind its threads."""
@@ -229,14 +252,15 @@ class ResidentBlock(Block):
         """See `Block.park`; another block may go on before another thread of this one does."""
         if len(self.grid.resident) > 1 and self.grid.order.random() < self.grid.order.restlessness:
             self.is_idle = False
-            self._give_way(False)
+            self._give_way(self._others(), False)
         super().park()
 
     def step_aside(self, idle: bool) -> bool:
         """Let another thread of this block run first, or another block; whether there is one."""
         self.is_idle = idle
-        if len(self.grid.resident) > 1 and (idle or self.random() < 0.5):
-            self._give_way(True)
+        turn = len(self.grid.resident) > 1 and (idle or self.random() < 0.5)
+        # Where all only look at memory, copies that others wait for are to arrive.
+        if turn and self._give_way(self._others(idle), True):
             return True
         return super().step_aside(idle)
 
@@ -247,13 +271,45 @@ class ResidentBlock(Block):
 
     def who_waits_where(self) -> str:
         """The message of a deadlock: of all blocks, where they wait for each other."""
-        return self.grid.who_waits_where() if self.pollers else super().who_waits_where()
+        if self.pollers:
+            return self.grid.who_waits_where()
+        return "\n".join(block.who_waits_in_block() for block in [self, *self.peers])
 
     def who_waits_in_block(self) -> str:
         """The part of that message that is about this block."""
         return super().who_waits_where()
 
-    def _give_way(self, polls: bool) -> None:
+    def _others(self, idle: bool = False) -> list["ResidentBlock"]:
+        """The other blocks that can go on, or, for one that is `idle`, all others."""
+        others = (block for block in self.grid.resident if block is not self)
+        return [block for block in others if idle or block.is_able]
+
+    def _someone_can_run(self) -> bool:
+        """See `Block`; where no thread can, another block of the cluster may change that."""
+        late = self.peers and self.grid.order.random() >= self._haste
+        while not self.num_ready and self.live:
+            if late and self._let_peers_go_on():
+                late = False
+            elif not (self.advance() or self._let_peers_go_on()) and not self._advance_peers():
+                break
+        return self.num_ready > 0
+
+    def _advance_peers(self) -> bool:
+        return any(block.advance() for block in self.peers)
+
+    def _let_peers_go_on(self) -> bool:
+        """Let another block of the cluster go on; whether one can."""
+        able = [block for block in self.peers if block.live and block.is_able]
+        self._waits = self.is_idle = True
+        gave_way = self._give_way(able, True)
+        self._waits = False
+        return gave_way
+
+    def _give_way(self, blocks: list["ResidentBlock"], polls: bool) -> bool:
+        """Let one of these blocks go on; whether there is one."""
+        if not blocks:
+            return False
         thread, self._point = engine.current_thread(), getcurrent()
-        self.grid.give_way(self, polls)
+        self.grid.give_way(blocks, polls)
         engine.become(thread)
+        return True

@@ -79,6 +79,16 @@ class Writes:
         self._released[address] = time, seen
         self._seen[block], self._now[block] = seen, 0
 
+    def meet(self, blocks: list[int]) -> None:
+        """Each of these blocks releases what it has done, and acquires what the others have."""
+        seen = np.maximum.reduce([self._seen[block] for block in blocks])
+        for block in blocks:
+            if self._now[block]:
+                seen[block] += 1
+                self._now[block] = 0
+        for block in blocks:
+            self._seen[block] = seen
+
     def _synchronised(self, block: int, address: int, n_bytes: int) -> np.ndarray | None:
         """What the release saw that wrote a word last; None where none in this launch did."""
         stamps = self._stored.get(address // _PAGE)

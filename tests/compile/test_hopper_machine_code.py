@@ -117,6 +117,7 @@ def test_sequences_of_any_lengths_cost_the_main_loop_next_to_nothing(head_dim):
     assert report.main_loop.issued <= of_one_length.issued + moves
 
 
+@thorough
 def test_what_the_l2_cache_fetches_is_no_matter_of_machine_code():
     config, traits = chosen(64), Traits("bfloat16", 64, 64)
     fewer = replace(config, l2_bytes=128)

@@ -32,7 +32,6 @@ from tests.support.faults import (
     attempts,
     events,
     load,
-    of_each_kind,
     source_of,
 )
 
@@ -356,10 +355,6 @@ MUTATIONS = [
 ]
 
 
-# With each scales each module, and each of both instructions.
-SOME_MUTATIONS = of_each_kind(MUTATIONS, lambda row: (row[0], str(row[2]), row[3]))
-
-
 @pytest.mark.parametrize("config", some(ALL, *HALF))
 def test_the_kernel_is_right_for_every_seed(config, monkeypatch):
     assert first_failure_of(monkeypatch, configs=(config,), seeds=range(1)) is None
@@ -374,8 +369,8 @@ def test_no_barrier_and_no_wait_can_be_left_out(mutation, configs, monkeypatch, 
 
 @pytest.mark.parametrize(
     ("module", "mutation", "recipe", "configs"),
-    SOME_MUTATIONS,
-    ids=[str(row[1]) for row in SOME_MUTATIONS],
+    MUTATIONS,
+    ids=[str(row[1]) for row in MUTATIONS],
 )
 def test_a_broken_kernel_is_caught(
     module, mutation, recipe, configs, monkeypatch, record_property

@@ -35,7 +35,7 @@ from tests.sim.test_fp8_attention import (
 )
 from tests.support.attention_cases import SIM_CASES, AttentionCase, is_of_masks, on_fp8
 from tests.support.covering import FULL, some, thorough
-from tests.support.faults import Early, events, load, mutations, of_each_kind, source_of
+from tests.support.faults import Early, events, load, mutations, source_of
 
 KERNEL, TILES = "numflash.kernels.wgmma.fp8_forward", "numflash.tiles.wgmma"
 SMALL = (
@@ -321,15 +321,14 @@ def faults() -> list:
     """
     source, found = source_of(KERNEL), []
     called = r"[KV]\.(wait|release)|wait_for_\w+|pass_turn|scale_rows"
-    missing = of_each_kind(events(source, called), lambda fault: (fault.kind, fault.function))
-    for fault in missing:
+    for fault in events(source, called):
         in_parts = fault.function == "make_attend.add_tile"
         config = WIDE if in_parts else SHOWN_BY.get((fault.called, fault.n), OVERLAP)
         found.append(pytest.param(KERNEL, config, fault, id=f"no {fault}"))
     early = Early("make_attend.attend", "V.release", 1)
     found.append(pytest.param(KERNEL, OVERLAP, early, id=f"early {early}"))
     configs = {"PLAIN": PLAIN, "OVERLAP": OVERLAP, "WIDE": WIDE, "TURNING": TURNING}
-    for module, config, mutation in of_each_kind(mutations(IDEAS), lambda row: row[:2]):
+    for module, config, mutation in mutations(IDEAS):
         name = KERNEL if module == "fp8_forward" else f"{TILES}.{module}"
         found.append(pytest.param(name, configs[config], mutation, id=str(mutation)))
     return found

@@ -181,7 +181,8 @@ def _fence_tensormap(x: TensorMap, y: Pointer(u32)):
     y[t] = u32(t)
 
 
-def _elements(tile: Tile) -> np.ndarray:
+def elements_of(tile: Tile) -> np.ndarray:
+    """What a load's array holds."""
     return (np.arange(1, tile.n_elements + 1, dtype=np.uint32) * 40503).astype(tile.storage)
 
 
@@ -190,7 +191,7 @@ def _load_case(name, tile, policy=EVICT_NORMAL, instruction=None, prefetch=False
         instruction or LOADS[len(tile.coordinates)].__name__,
         name,
         _load(tile, policy, prefetch),
-        (_elements(tile),),
+        (elements_of(tile),),
         (((tile.n_bytes // 4,), np.uint32),),
         smem_bytes=tile.n_bytes,
         tensor_maps=(tile.layout,),
@@ -222,7 +223,7 @@ BULK_COPY_CASES = [
         "fence_proxy_tensormap",
         "",
         _fence_tensormap,
-        (_elements(TILES["inside"]),),
+        (elements_of(TILES["inside"]),),
         (((THREADS,), np.uint32),),
         tensor_maps=(TILES["inside"].layout,),
     ),

@@ -44,6 +44,7 @@ from tests.support.arithmetic_cases import ARITHMETIC_CASES, NANS, TINY, random_
 from tests.support.async_copy_cases import ASYNC_COPY_CASES
 from tests.support.bulk_copy_cases import BULK_COPY_CASES
 from tests.support.bulk_row_cases import BULK_ROW_CASES
+from tests.support.cluster_cases import CLUSTER_CASES
 from tests.support.fp8_cases import FP8_CASES
 from tests.support.instruction_harness import THREADS, InstructionCase
 from tests.support.mbarrier_cases import MBARRIER_CASES
@@ -345,6 +346,7 @@ for _case in [
     *MBARRIER_CASES,
     *BULK_COPY_CASES,
     *BULK_ROW_CASES,
+    *CLUSTER_CASES,
     *WGMMA_CASES,
 ]:
     CASES.setdefault(_case.instruction, []).append(_case)

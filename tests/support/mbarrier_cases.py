@@ -27,7 +27,7 @@ _RING, _BARRIERS = 32 * _STAGES, 2 * _STAGES
 _VOTES = 2 * THREADS
 
 
-def _produce_consume(arrive_full):
+def make_produce_consume(arrive_full):
     """Warp 0 hands chunks to warp 1 through a ring of two, each with a full and an empty barrier.
 
     All lanes arrive at full barriers, one at empty ones.
@@ -136,7 +136,7 @@ def _case(name, kernel, inputs, n_out, variant="", **options) -> InstructionCase
 
 
 def _cases() -> list[InstructionCase]:
-    ring = _produce_consume(mbarrier_arrive)
+    ring = make_produce_consume(mbarrier_arrive)
     steps, ones = _words(32 * STEPS), np.ones(THREADS, np.uint32)
     matrices = np.random.default_rng(8).permutation(THREADS).astype(np.uint32)
     give, take = make_setmaxnreg("dec", 24), make_setmaxnreg("inc", 240)
@@ -149,7 +149,7 @@ def _cases() -> list[InstructionCase]:
         _case("fence_mbarrier_init", ring, (steps,), steps.size),
         _case(
             "mbarrier_arrive_expect_tx",
-            _produce_consume(_arrive_expecting_nothing()),
+            make_produce_consume(_arrive_expecting_nothing()),
             (steps,),
             steps.size,
             "of nothing",

@@ -54,7 +54,12 @@ from numflash.kernels.arguments import (
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.mma.queries import make_steps_of_heads
 from numflash.kernels.wgmma.channels import make_channel
-from numflash.kernels.wgmma.gradient_ring import channels_of, make_run_block, matrix_of
+from numflash.kernels.wgmma.gradient_ring import (
+    channels_of,
+    make_operand_of,
+    make_run_block,
+    matrix_of,
+)
 from numflash.kernels.wgmma.queries import make_assist, make_finish, make_produce, make_walk_of
 from numflash.ptx import (
     TensorMap,
@@ -384,20 +389,22 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
         traits.head_dim_v // 2,
         config.dq_columns(traits),
     )
-    q, do, k, v = (matrix_of(config, traits, name).buffers for name in ("q", "do", "k", "v"))
+    q_of, do_of, k_of, v_of = (
+        make_operand_of(matrix_of(config, traits, name)) for name in ("q", "do", "k", "v")
+    )
     offsets = config.smem_offsets(traits)
     lse_smem, delta_smem, ds_smem = offsets["lse"], offsets["delta"], offsets["ds"]
     ds_words, num_consumers = config.tiles(traits)["ds"] // 2, 32 * config.num_warps
     slab_words = ds_words // config.num_warpgroups
     # Operands count in units of 16 bytes.
-    q_step, do_step, ds_step = q.words >> 2, do.words >> 2, ds_words >> 2
-    group_step = WARPGROUP_ROWS * SLAB_BYTES >> 4
-    # Where this warpgroup's dQ begins in dS and in K.
-    by_columns = dq_columns < traits.head_dim
-    ds_part = group_step if tile_m > WARPGROUP_ROWS else 0
-    k_part = dq_columns // WARPGROUP_ROWS * (tile_n * SLAB_BYTES >> 4) if by_columns else 0
-    owned_operand = products.make_operand(tile_n * SLAB_BYTES)
-    operand = products.make_operand(tile_m * SLAB_BYTES)
+    ds_step, group_step = ds_words >> 2, WARPGROUP_ROWS * SLAB_BYTES >> 4
+    ds_of = products.make_operand(tile_m * SLAB_BYTES, ds_smem)
+    # Two stages come in turn as the two buffers of dS do.
+    alternates = config.num_stages == 2
+    # From one warpgroup's dQ to the next one's in dS and in K; a single warpgroup is the first.
+    by_queries = tile_m > WARPGROUP_ROWS
+    ds_part = group_step if by_queries else 0
+    k_step = 0 if by_queries else dq_columns // WARPGROUP_ROWS * (tile_n * SLAB_BYTES >> 4)
     begin_s = products.make_product_nt(dtype, tile_n, tile_m, tile_m, traits.head_dim)
     begin_dp = products.make_product_nt(dtype, tile_n, tile_m, tile_m, traits.head_dim_v)
     begin_dv = products.make_product_pn(dtype, tile_m, traits.head_dim_v)
@@ -432,21 +439,21 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
             scale_log2 = scores.scale * LOG2_E
         # Computed again in each tile: kept, descriptors would take registers.
         group = group_of_thread()
-        k_all = owned_operand(mov_shared_address(smem, k.first))
-        v_mine = owned_operand(mov_shared_address(smem, v.first)) + group * group_step
-        q_now = u32(operand(mov_shared_address(smem, q.first)) + stage * q_step)
-        do_now = u32(operand(mov_shared_address(smem, do.first)) + stage * do_step)
-        own = i32(tile_m * stage + mov_tid_x() % 4 * 4)
+        start = mov_shared_address(smem, 0)
+        k_mine = products.advance(k_of(start, 0), group, group_step)
+        v_mine = products.advance(v_of(start, 0), group, group_step)
+        q_now, do_now = q_of(start, stage), do_of(start, stage)
+        own = tile_m * stage + mov_tid_x() % 4 * 4
         # S^T = K Q^T
         # Hazard: S would be made of a Q that has not arrived.
         Q.wait(barriers, stage, parity)
-        begin_s(s_acc, u32(k_all + group * group_step), q_now)
+        begin_s(s_acc, k_mine, q_now)
         if leaves_dq:
             leave_dq(dq_acc, smem, barriers, i32(number - 1))
         # dP^T = V dO^T
         # Hazard: dP would be made of a dO that has not arrived.
         DO.wait(barriers, stage, parity)
-        begin_dp(dp_acc, u32(v_mine), do_now)
+        begin_dp(dp_acc, v_mine, do_now)
         m_tile, is_full = tile_at(mask, step)
         m_start, args = i32(m_tile * tile_m), args_of_head(scores, batch, head)
         draw(kept, keys, m_start, args.drawn)
@@ -456,7 +463,7 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
         wait_for_s(s_acc)
         shape_scores(s_acc, slopes, keys, m_start, is_full, scores, args)
         # dV += P^T dO
-        probabilities(s_acc, smem, i32(lse_smem + own), scale_log2)
+        probabilities(s_acc, smem, lse_smem + own, scale_log2)
         pack_kept(p_packed, s_acc, kept)
         begin_dv(dv_acc, p_packed, do_now)
         # dS = P * (softmax_scale dP - delta), dK += dS^T Q
@@ -464,9 +471,9 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
         # Hazard: the product still writes dP.
         wait_for_dp(dp_acc)
         drop(dp_acc, kept)
-        gradients(s_acc, dp_acc, smem, i32(delta_smem + own), scores.softmax_scale)
+        gradients(s_acc, dp_acc, smem, delta_smem + own, scores.softmax_scale)
         pack(ds_packed, dp_acc)
-        ds_now = number & 1
+        ds_now = stage if alternates else number & 1
         slab = ds_smem + ds_now * ds_words + group * slab_words
         store_ds(ds_packed, smem, i32(slab + transposed_place()))
         # Hazard: products would not see these writes.
@@ -476,8 +483,9 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
         bar_sync(_COMPLETE, num_consumers)
         if adds:
             # dQ = dS K
-            ds = operand(mov_shared_address(smem, ds_smem)) + ds_now * ds_step + group * ds_part
-            begin_dq(dq_acc, u32(ds), u32(k_all + group * k_part))
+            ds = products.advance(ds_of(start), ds_now, ds_step)
+            k_part = products.advance(k_of(start, 0), group, k_step)
+            begin_dq(dq_acc, products.advance(ds, group, ds_part), k_part)
         # Hazard: the product still reads P, and dO, which is given back.
         wait_for_dv(dv_acc)
         DO.release(barriers, stage)

@@ -331,7 +331,7 @@ def test_trials_are_shared_by_runs_that_compare_and_by_no_others(tmp_path, monke
 
 def test_journals_hold_values_that_other_tools_of_optuna_show(tmp_path):
     watch = Stopwatch()
-    trials = 25 if ALL else 8
+    trials = 25 if ALL else 12
     (result,) = tune(watch, problems=[FORWARD], trials=trials)
     (name,) = journals(tmp_path)
     backend = JournalFileBackend(str(tmp_path / "cache" / "studies" / name))

@@ -59,7 +59,7 @@ def test_one_sequence(option):
     assert config.startswith("sm80-")
     expected = numflash.attention(*inputs(), return_lse=True, config=config, **options)
     make = Layout.contiguous if option == "window" else Layout.zigzag
-    for ranks in (1, 2, 3, 4) if option == "causal" and ALL else (2, 3):
+    for ranks in (1, 2, 3, 4) if option == "causal" and ALL else (2,):
         for method in ("gather", *["heads"] * (ranks == 2)):
             for found, x in zip(on(make(TOKENS, ranks), method, options), expected, strict=True):
                 np.testing.assert_array_equal(found, x, err_msg=f"{method} on {ranks}")
@@ -69,7 +69,7 @@ def test_one_sequence(option):
     "options", some([{"causal": True}, {"window_size": (4, 2)}], {"causal": True}), ids=str
 )
 def test_documents(options):
-    layouts = [Layout.zigzag_documents(LENGTHS, n) for n in ((1, 2, 3) if ALL else (2, 3))]
+    layouts = [Layout.zigzag_documents(LENGTHS, n) for n in ((1, 2, 3) if ALL else (2,))]
     config = config_of(layouts[0], options)
     packed = [x[0] for x in inputs()]
     given = {"return_lse": True, "config": config, **options}
