@@ -11,6 +11,7 @@ Source: Llama 3, arXiv 2407.21783, section 3.3.2, context parallelism by all-gat
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from numflash.distributed import steps
@@ -182,7 +183,7 @@ def _fetched(problem: Problem, plan: _Plan, k, v) -> Iterator[tuple[_Group, Any,
         buffer, heads = buffers[number % 2], groups[number].kv
         for rows, begin in plan.own:
             wire.fill(buffer, begin, k[:, rows, heads], v[:, rows, heads])
-        return fetch_into(number % 2, groups[number].what)
+        return fetch_into[number % 2](groups[number].what)
 
     wait = post(0)
     for number, group in enumerate(groups):
@@ -192,24 +193,23 @@ def _fetched(problem: Problem, plan: _Plan, k, v) -> Iterator[tuple[_Group, Any,
         yield group, *wire.unpack(buffers[number % 2])
 
 
-_Fetch = Callable[[int, str], Callable[[], None]]
-"""Post what a buffer of this number sends and receives, and is; the wait for it."""
+_Fetch = Callable[[str], Callable[[], None]]
+"""Post what a buffer sends and receives, for errors in words; the wait for it."""
 
 
-def _fetch(problem: Problem, plan: _Plan, buffers: list[Bundle]) -> _Fetch:
-    """From the places of rows to their places."""
-    messages = [_messages(plan, x, x) for x in buffers]
-    return lambda number, what: _post(problem, plan.steps.fetch, *messages[number], what)
+def _fetch(problem: Problem, plan: _Plan, buffers: list[Bundle]) -> list[_Fetch]:
+    """Of each buffer, from the places of rows to their places."""
+    fetch = partial(_post, problem, plan.steps.fetch)
+    return [partial(fetch, *_messages(plan, whole, whole)) for whole in buffers]
 
 
-def _packed_fetch(problem: Problem, plan: _Plan, buffers: list[Bundle]) -> _Fetch:
-    """By buffers of the rows that leave, and that arrive."""
+def _packed_fetch(problem: Problem, plan: _Plan, buffers: list[Bundle]) -> list[_Fetch]:
+    """Of each buffer, by one of the rows that leave and one of those that arrive."""
     leave, arrive = plan.packed
     leaving, arriving = (plan.wire.new(each.tokens) for each in plan.packed)
     messages = _messages(plan, leaving, arriving)
 
-    def fetch(number: int, what: str) -> Callable[[], None]:
-        whole = buffers[number]
+    def fetch(whole: Bundle, what: str) -> Callable[[], None]:
         for name, rows in leaving.items():
             rows[...] = whole[name][leave.index]
         wait = _post(problem, plan.steps.fetch, *messages, what)
@@ -221,7 +221,7 @@ def _packed_fetch(problem: Problem, plan: _Plan, buffers: list[Bundle]) -> _Fetc
 
         return arrived
 
-    return fetch
+    return [partial(fetch, whole) for whole in buffers]
 
 
 def _messages(plan: _Plan, leaving: Bundle, arriving: Bundle) -> list[list[tuple[Any, int]]]:
