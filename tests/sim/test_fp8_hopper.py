@@ -17,7 +17,6 @@ from numflash.kernels.wgmma import fp8_forward
 from numflash.problem.fp8 import Fp8Recipe
 from numflash.runtime import driver
 from numflash.runtime.driver import limits_of_device
-from numflash.runtime.errors import UnsupportedError
 from numflash.selection import choice as selection
 from numflash.simulator import SEED, warpgroup
 from tests.sim.test_broken_kernels import first_failure
@@ -176,24 +175,6 @@ def test_by_itself_a_hopper_takes_it(sort):
     assert str(chosen).startswith("fp8-sm90-m128n128")
     out, lse = numflash.attention(**everything, return_lse=True)
     assert differences(out, lse, call, 128) == []
-
-
-@thorough
-@pytest.mark.usefixtures("shipped_kernels")
-@pytest.mark.parametrize(
-    "recipe", some([Fp8Recipe("token"), Fp8Recipe("block", 32)], Fp8Recipe("token"))
-)
-def test_scales_within_a_tile_are_left_to_the_other_kernel(recipe):
-    case = AttentionCase("tokens", (1, 70, 100, 1, 1, 64, 64), "float16")
-    call = make_call(case, "16-bit", 0, recipes=(recipe,))
-    everything = {**call.arguments, **call.options}
-    explanation = numflash.explain_dispatch(**everything)
-    assert str(explanation.forward.config).startswith("fp8-sm89")
-    assert "not fp8-sm90: scales of K or V change within a tile" in str(explanation)
-    out, lse = numflash.attention(**everything, return_lse=True)
-    assert differences(out, lse, call, explanation.forward.config.tile_n) == []
-    with pytest.raises(UnsupportedError, match="scales of K or V change within a tile"):
-        run(call, SMALL[0])
 
 
 @thorough

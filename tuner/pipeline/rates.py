@@ -21,10 +21,10 @@ _ISSUE_LANES = 128
 # A row's maximum goes across its four lanes by two shuffles. Assumed.
 _ACROSS_LANES = 60
 _ISSUE_CLOCKS = 20
-"""Clocks of a thread that begins a copy. Assumed."""
+"""Clocks of a thread that begins a copy, or of a warp that stores what it has read. Assumed."""
 # Blocks that share an SM begin apart by so much of the first product: what chance does. Assumed.
 _OFFSET = 1.4
-_MASK_ISSUED, _GRADIENT_ISSUED = 4, 2
+_MASK_ISSUED, _GRADIENT_ISSUED, _SCALE_ISSUED = 4, 2, 2
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,8 @@ def _work(program: Program, machine: Machine) -> dict[str, float]:
         "leave": 4 * stored / machine.smem_bytes_per_clock,
         "decode": scores / machine.alu_lanes,
         "statistics": float(L2_LATENCY),
+        "scale": _SCALE_ISSUED * scores / _ISSUE_LANES,
+        "place": float(_ISSUE_CLOCKS),
         "finish": stored / machine.alu_lanes,
     }
 
