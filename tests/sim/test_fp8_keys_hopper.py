@@ -31,7 +31,7 @@ from tests.sim.test_fp8_attention import (
 from tests.sim.test_fp8_hopper import hopper  # noqa: F401
 from tests.support.attention_cases import AttentionCase
 from tests.support.covering import FULL, some, thorough
-from tests.support.faults import events, load, mutations, of_each_kind, source_of
+from tests.support.faults import events, load, mutations, source_of
 
 KERNEL, TILES = "numflash.kernels.wgmma.fp8_forward", "numflash.tiles.wgmma.fp8"
 SCALES, SKELETON = "numflash.kernels.wgmma.key_scales", "numflash.kernels.wgmma.skeleton"
@@ -204,7 +204,7 @@ def faults() -> list:
             found.append(pytest.param(module, config, fault, id=f"no {fault}"))
     modules = {"key_scales": SCALES, "fp8_forward": KERNEL, "fp8": TILES}
     configs = {"PLAIN": PLAIN, "OVERLAP": OVERLAP}
-    for module, config, mutation in of_each_kind(mutations(IDEAS), lambda row: row[:2]):
+    for module, config, mutation in mutations(IDEAS):
         found.append(pytest.param(modules[module], configs[config], mutation, id=str(mutation)))
     return found
 
