@@ -206,7 +206,7 @@ MUTATIONS = [
         "softmax",
         Mutation(
             "sums with the scales of V",
-            "sums[r] = fma_rn_f32(p1, pair[1], fma_rn_f32(p0, pair[0], sums[r]))",
+            "sums[r] = fma_rn_f32(p1, b, fma_rn_f32(p0, a, sums[r]))",
             "sums[r] += p0 + p1",
         ),
         OF_KEYS,
@@ -226,15 +226,15 @@ MUTATIONS = [
         "softmax",
         Mutation(
             "a scale of the other row",
-            "fma_rn_f32(s_acc[i + 2], scales[r + 1], pair[0])",
-            "fma_rn_f32(s_acc[i + 2], scales[r], pair[0])",
+            "fma_rn_f32(s_acc[i + 2], scales[r + 1], a)",
+            "fma_rn_f32(s_acc[i + 2], scales[r], a)",
         ),
         OF_KEYS,
         HALF,
     ),
     (
         "softmax",
-        Mutation("a scale of the next key", "s_acc[i + 1] *= pair[1]", "s_acc[i + 1] *= pair[0]"),
+        Mutation("a scale of the next key", "s_acc[i + 1] *= b", "s_acc[i + 1] *= a"),
         Fp8Recipe("token"),
         HALF,
     ),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from numflash.problem.fp8 import Fp8Recipe
 from tuner.drawing.document import document
 from tuner.drawing.figures import arranged
 from tuner.explain.facts import resources
@@ -17,6 +18,7 @@ CALLS = {
     "packed": ("A100", (1, 1, 8, 128), {"k": (1, 4096, 2, 128)}),
     "float32": ("T4", (1, 256, 2, 64), {"dtype": "float32"}),
     "codes": ("H200", (1, 512, 4, 128), {"precision": "fp8"}),
+    "keys": ("H200", (1, 512, 4, 128), {"precision": "fp8", "fp8": Fp8Recipe("token")}),
 }
 
 
