@@ -16,7 +16,9 @@ KERNELS = {
     "portable": ("sm_80", np.float32, 80, 16),
     "sm80": ("sm_80", np.float16, 130, 32),
     "sm90": ("sm_90a", np.float16, 200, 64),
+    "clusters": ("sm_90a", np.float16, 150, 64),
 }
+CONFIGS = {"clusters": "sm90-m64n64w4s2-c2"}
 # Statements that may be missing. "first" and "last" are places; without either all are taken out.
 DROPPED = [
     ("portable", "bar.sync", "first"),
@@ -54,6 +56,18 @@ CHANGED = [
     ("sm80", r", 16, %r\d+;", ", 16, 0;"),
     ("sm90", r"(\}, %rd\d+, %rd\d+, )0(, 1, 1, 0, 0;)", r"\g<1>1\2"),
 ]
+_MEETING = r"barrier\.cluster\.arrive\S*;\s*(?://.*\s*)*barrier\.cluster\.wait\S*;"
+OF_CLUSTERS = {
+    "the first meeting": (_MEETING, "", "first"),
+    "the last meeting": (_MEETING, "", "last"),
+    "who is told of empty buffers": (r"(mapa\S* there, %r\d+, )%r\d+", r"\g<1>0", "all"),
+    "which half and which rows": (
+        r"mov\.u32 (%r\d+), %cluster_ctarank;",
+        r"mov.u32 \1, 0;",
+        "all",
+    ),
+    "who gets the halves": (r"(::cluster\.L2\S* .*, )%rs\d+,", r"\g<1>1,", "all"),
+}
 _SEEDS = range(3)
 _expected: dict[str, list[bytes]] = {}
 
@@ -70,6 +84,11 @@ def test_what_is_missing_is_seen(executed, monkeypatch, kernel, instruction, whe
 @pytest.mark.parametrize("kernel, pattern, other", some(CHANGED, CHANGED[-1], every=2))
 def test_what_is_another_instruction_is_seen(executed, monkeypatch, kernel, pattern, other):
     assert _is_seen(executed, monkeypatch, kernel, pattern, other, "first")
+
+
+@pytest.mark.parametrize("fault", some(OF_CLUSTERS, "who gets the halves", every=2))
+def test_what_is_wrong_between_blocks_is_seen(executed, monkeypatch, fault):
+    assert _is_seen(executed, monkeypatch, "clusters", *OF_CLUSTERS[fault])
 
 
 @thorough
@@ -137,5 +156,6 @@ def _is_seen(executed, monkeypatch, kernel: str, pattern: str, other: str, where
 def _results(kernel: str) -> list[bytes]:
     _, dtype, tokens, head_dim = KERNELS[kernel]
     q, k, v = (normal((1, tokens, 1, head_dim), dtype, seed) for seed in range(3))
-    results = numflash.attention(16 * q, k, v, causal=True, return_lse=True)
+    options = {"causal": True, "return_lse": True, "config": CONFIGS.get(kernel)}
+    results = numflash.attention(16 * q, k, v, **options)
     return [x.tobytes() for x in results]
