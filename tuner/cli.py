@@ -4,7 +4,7 @@ numflash-tune                                        this machine's GPU, common 
 numflash-tune --device "NVIDIA A100" --offline       predict for a GPU that is not here
 numflash-tune --capture FILE -- python program.py    note the problems of a program
 numflash-tune --from-capture FILE                    and tune that
-numflash-tune --precision fp8                        the forward on 8-bit floats, on a GPU
+numflash-tune --precision fp8                        the forward on 8-bit floats
 numflash-tune show | validate | export | merge | clear
 """
 
@@ -25,7 +25,7 @@ from numflash.runtime.printable import printable
 from numflash.selection.capture import read as read_capture
 
 from . import SAMPLERS, caches
-from .problems import FAMILIES, expect_positive, predictable, problems_of
+from .problems import FAMILIES, expect_positive, problems_of
 
 _log = logging.getLogger("numflash")
 
@@ -218,7 +218,6 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
         from . import report
         from .measuring.measurer import DeviceMeasurer, DeviceUnavailableError
-        from .search import guide
         from .search.pool import NoCompilerError
         from .search.search import StoppingRules, make_sampler
         from .search.session import Options, Session
@@ -234,8 +233,6 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         problems = problems_of(args)
         target = find_target(args.device, args.offline)
-        if target.ordinal is None:
-            problems = predictable(problems, guide.unknown)
         options = Options(
             rules=StoppingRules(
                 expect_positive("--trials", args.trials),

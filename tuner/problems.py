@@ -2,8 +2,6 @@
 
 import argparse
 import itertools
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 from numflash.calls.fp8_forward import fp8_traits_of
@@ -12,7 +10,6 @@ from numflash.configs.features import FEATURES
 from numflash.problem.classes import ProblemClass
 from numflash.problem.options import PACKED, AttentionOptions
 from numflash.problem.problem import AttentionProblem, describe
-from numflash.runtime.printable import printable
 from numflash.runtime.views import ArrayView, contiguous_strides
 from numflash.selection.capture import read as read_capture
 
@@ -89,23 +86,6 @@ def _expect_fp8(args: argparse.Namespace) -> None:
     if others:
         option = others[0].replace("_", "-")
         raise ValueError(f"--{option} goes with 16 and 32 bits, not with --precision fp8")
-
-
-def predictable(
-    problems: list[ProblemClass], unknown: Callable[[ProblemClass], str | None]
-) -> list[ProblemClass]:
-    """The classes that the model can judge; a line says of each other one why not.
-
-    Raises:
-        ValueError: it can judge none.
-    """
-    reasons = {problem: unknown(problem) for problem in problems}
-    known = [problem for problem, why in reasons.items() if why is None]
-    if not known:
-        raise ValueError(next(iter(reasons.values())))
-    for why in filter(None, reasons.values()):
-        print(printable(f"numflash-tune: left out, as {why}"), file=sys.stderr)
-    return known
 
 
 def _class_of(family: str, problem: AttentionProblem, traits: Traits) -> ProblemClass:

@@ -27,6 +27,15 @@ def padded_fp8_head_dim(head_dim: int) -> int:
     return -(-head_dim // FP8_STEP) * FP8_STEP
 
 
+def rows_in_turn(head_dim: int, head_dim_v: int) -> int:
+    """Rows of the heads whose blocks take turns where each owns rows of its own: 8 MiB of 16 bits.
+
+    Args:
+        head_dim, head_dim_v: padded.
+    """
+    return 2**22 // (head_dim + head_dim_v)
+
+
 @dataclass(frozen=True)
 class Asked:
     """Properties of a problem that kernels are chosen by, besides its traits.
@@ -240,6 +249,11 @@ class Traits:
             if block % tile:
                 return f"its tiles of {tile} {what} do not divide block_mask's blocks of {block}"
         return None
+
+    @property
+    def rows_in_turn(self) -> int:
+        """Rows of the heads whose blocks take turns, as the function of this name says."""
+        return rows_in_turn(self.head_dim, self.head_dim_v)
 
     @property
     def dtype_bytes(self) -> int:

@@ -27,6 +27,8 @@ SLAB_BYTES = 128
 # Registers a thread of the warpgroup that copies, and of those that multiply, by how many these
 # are and how many blocks share an SM: the most that 64 Ki registers allow.
 _REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 232), (2, 1): (24, 240), (3, 1): (32, 160)}
+# Registers a thread of warps that fetch the scales of keys.
+_ASSISTANTS_REGISTERS = 40
 # Of blocks in clusters: the thread that copies for both does not do with 24, by compiling.
 _CLUSTER_REGISTERS = _REGISTERS | {(2, 1): (40, 232)}
 # Registers of each of 256 threads where one block has an SM and no thread gives any away.
@@ -35,6 +37,8 @@ _PRODUCER_THREADS = 128
 _WORD_BYTES, _BARRIER_WORDS = 4, 2
 # Of products of 8-bit floats, which have accumulators of their own.
 _MOST_COLUMNS, _PART_COLUMNS = 128, 64
+# Of K; of V its logarithm and its inverse.
+_SCALES_OF_A_KEY = 3
 _MAX_SMEM_BYTES = architecture("sm_90a").max_smem_per_block
 _ARRIVALS = (1, 4)
 _L2_BYTES = (128, 256)
@@ -157,6 +161,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
         return 32 * self.num_warps + _PRODUCER_THREADS
 
     @property
+    def assisting_threads(self) -> int:
+        """Threads beside the producer that fetch the scales of keys, where keys have their own."""
+        return 64
+
+    @property
     def block_rows(self) -> int:
         """Rows of the output that one block computes, or the blocks of a cluster together."""
         return self.cluster * self.tile_m
@@ -177,6 +186,14 @@ class Sm90ForwardConfig(MmaForwardConfig):
         pool = usual[0] + usual[1] * self.num_warpgroups
         left = pool - self.consumer_registers * self.num_warpgroups
         return left // 8 * 8, self.consumer_registers
+
+    def registers_of(self, traits: Traits) -> tuple[int, int]:
+        """`registers`; warps that fetch the scales of keys want more, if nobody has chosen."""
+        few, many = self.registers
+        if not traits.key_scales or self.consumer_registers or few >= _ASSISTANTS_REGISTERS:
+            return few, many
+        less = -(-(_ASSISTANTS_REGISTERS - few) // (8 * self.num_warpgroups)) * 8
+        return few + less * self.num_warpgroups, many - less
 
     @property
     def _usual_registers(self) -> tuple[int, int]:
@@ -213,8 +230,9 @@ class Sm90ForwardConfig(MmaForwardConfig):
         """The words of each tile in shared memory, in order; the barriers come last."""
         tiles = self._tiles(traits)
         if self.o_is_apart(traits):
-            barriers = tiles.pop("barriers")
-            tiles |= {"o": self._o_words(traits), "barriers": barriers}
+            # Slabs begin at multiples of 1024 bytes: what is no slab stays behind them.
+            rest = {name: tiles.pop(name) for name in ("key_scales", "barriers")}
+            tiles |= {"o": self._o_words(traits), **rest}
         return tiles
 
     def _tiles(self, traits: Traits) -> dict[str, int]:
@@ -222,14 +240,16 @@ class Sm90ForwardConfig(MmaForwardConfig):
         q_slabs = max(self.slabs(traits.head_dim), self._o_words(traits) // (self.tile_m * row))
         # Rows of V are keys, or with 8-bit floats columns of O.
         v_rows = traits.head_dim_v if traits.fp8 else self.stage_n
+        scaled_stages = self.num_stages if traits.key_scales else 0
         return {
             "q": self.tile_m * row * q_slabs,
             "k": self.num_stages * self.stage_n * row * self.slabs(traits.head_dim),
             "v": self.stages_of_v * v_rows * row * self.v_slabs(traits),
-            # Full and empty, for Q of each warpgroup and for K and V of each stage.
+            "key_scales": _SCALES_OF_A_KEY * scaled_stages * self.stage_n,
+            # Full and empty, for Q of each warpgroup and for K, V and scales of each stage.
             "barriers": 2
             * _BARRIER_WORDS
-            * (self.num_warpgroups + self.num_stages + self.stages_of_v),
+            * (self.num_warpgroups + self.num_stages + self.stages_of_v + scaled_stages),
         }
 
     def slabs(self, columns: int) -> int:
@@ -326,8 +346,6 @@ def no_wgmma(traits: Traits, limits: Architecture) -> str | None:
         return f"wgmma is an instruction of sm_90a only, this GPU is {limits.arch}"
     if traits.dtype == "float32":
         return "its products are of float16 or bfloat16, not of float32"
-    if traits.key_scales:
-        return "scales of K or V change within a tile of keys, and it takes one for all of a tile"
     if traits.codes:
         return "bulk copies do not decode K and V of 8 bits on their way to shared memory"
     return None
@@ -374,7 +392,7 @@ def misfit(
             f"{limits.max_smem_per_block}"
         )
     kept = config.accumulators_per_thread(traits) + config.probability_registers
-    most = config.registers[1] - _OTHER_REGISTERS
+    most = config.registers_of(traits)[1] - _OTHER_REGISTERS
     if traits.fp8 and traits.shapes_scores:
         most -= _FP8_BENT_REGISTERS
     if traits.drops_weights:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from numflash.distributed.communicators import Agreed, Communicator, CommunicatorError
 from numflash.functions.identity import key_of
 from numflash.functions.trace import trace
+from numflash.problem.block_masks import ListedBlocks
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.switches import is_on
 from numflash.runtime.version import __version__
@@ -240,6 +241,10 @@ def _texts_of(name: str, value, by_value: bool) -> dict[str, str]:
     if _is_array(value):
         shape = str(tuple(map(int, value.shape)))
         return {f"dtype of {name}": _dtype(value), f"shape of {name}": shape}
+    if isinstance(value, ListedBlocks):
+        aux = [_view(x) if _is_array(x) else x for x in value.aux]
+        found = {f"blocks of {name}": str(value.blocks), f"seqlens of {name}": str(value.seqlens)}
+        return found | {f"mask_mod of {name}": trace(None, value.mask_mod, aux).program.text}
     if is_dataclass(value) and not isinstance(value, type):
         inner = {}
         for field in fields(value):
@@ -323,6 +328,8 @@ def key_of_item(name: str, value, of_array: Callable[[Any], Hashable]) -> Hashab
         return kind, *[(each, key_of_item(name, x, of_array)) for each, x in value.items()]
     if kind is Shard or _is_array(value):
         return of_array(value)
+    if isinstance(value, ListedBlocks):
+        return value.key(), *map(of_array, value.arrays().values())
     if name in FUNCTIONS:
         key = key_of(value)
     else:

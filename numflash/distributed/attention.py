@@ -55,9 +55,11 @@ def attention(
         return_lse: also return the log-sum-exp.
         out_dtype: as of `numflash.attention`.
         options: those of `numflash.attention` that hold for the whole problem: softmax_scale,
-            softcap, sinks and alibi_slopes of all heads; for one document also dropout_p with
-            seed, bias, mask, score_mod, mask_mod and aux by global rows and columns; precision,
-            config. Without a config gather and heads run on all ranks the one that
+            softcap, sinks and alibi_slopes of all heads; dropout_p with seed, bias, mask,
+            score_mod, mask_mod and aux by global rows and columns, of several documents by those
+            of each and its number, as in `attention_varlen`; by gather and heads a block_mask,
+            with segments that begin where its blocks do; precision, config. Without a config
+            gather and heads run on all ranks the one that
             `numflash.distributed.whole.pinned_config` names.
 
     Returns:
@@ -67,9 +69,10 @@ def attention(
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`; a layout of other tokens
             or ranks; heads that ranks cannot share; causal_align, shift or origin, which the
-            layout says; block_mask, lengths, precision="auto", "fp8" without wire or by heads
-            alone, and with several documents dropout, bias, mask and functions. Before anything
-            travels, and on all ranks alike, also where they differ in what they ask for.
+            layout says; lengths, precision="auto", "fp8" without wire or by heads alone; a
+            block_mask with a ring, documents or options by position; with several documents and
+            a batch, or in 8 bits, dropout, bias, mask and functions. Before anything travels, and
+            on all ranks alike, also where they differ in what they ask for.
         CommunicatorError: a rank is gone, or did not come within the deadline of its group.
 
     Memory beyond inputs and results, of each rank, S tokens in all, of 16 bits: gather two buffers
@@ -141,24 +144,26 @@ def attention_backward(
         max_workspace: as of `attention`, here also for shares of dk and dv in float32.
         dlse: gradient of lse, shaped like it, where a loss depends on it.
         wrt: what to return gradients of, in this order: "q", "k", "v"; with sinks "sinks"; with
-            alibi_slopes "alibi_slopes". None is ("q", "k", "v"), and with sinks also "sinks".
-        grad_dtype: "float32" leaves dq, dk and dv in float32, as they were summed; None is the
-            dtype of q.
+            alibi_slopes "alibi_slopes"; with bias "bias"; "aux0", "aux1", ... of arrays that
+            score_mod reads. None is ("q", "k", "v"), and with sinks also "sinks".
+        grad_dtype: "float32" leaves gradients in float32, as they were summed; None is the dtype
+            of q for dq, dk and dv, and that of the array for others.
 
     Returns:
         A tuple with a gradient for each name in wrt. dq, dk and dv are of this rank's tokens,
-        shaped like q, k and v; those of sinks and alibi_slopes are of the whole problem, float32,
-        and the same on all ranks. The same call gives the same bits, in whatever order messages
-        arrive: shares are added in float32, in the order of ranks or of steps.
+        shaped like q, k and v; those of sinks, alibi_slopes, bias and aux are of the whole
+        problem, as the arrays are, and the same on all ranks. The same call gives the same bits,
+        in whatever order messages arrive: shares are added in float32, in the order of ranks or
+        of steps.
 
     Raises:
-        TypeError, ValueError, UnsupportedError, CommunicatorError: as `attention`; gradients of
-            bias and aux are refused.
+        TypeError, ValueError, UnsupportedError, CommunicatorError: as `attention`.
 
     Memory beyond inputs and results, of each rank: float32 results, where they are returned in 16
     bits; and gather two buffers of S keys and values of a group of heads, and twice their float32
     gradients; ring a rank's keys and values twice, and their float32 gradients three times; heads
-    q, k, v, dout and their gradients once more; and with each method the gradients of one call.
+    q, k, v, dout and their gradients once more; and with each method the gradients of one call,
+    of a bias and of aux twice in float32 and whole.
 
     Example:
         >>> import numpy as np
@@ -193,7 +198,9 @@ def attention_backward(
                 gradient = arrays.contiguous(arrays.astype(gradient, dtype))
                 results.append(gradient[0] if len(q.shape) == 3 else gradient)
             else:
-                results.append(sum_over_ranks(problem, gradient, name))
+                total = sum_over_ranks(problem, gradient, name)
+                own = arrays.dtype_of(problem.calls.option(name))
+                results.append(arrays.astype(total, grad_dtype or own))
     return tuple(results)
 
 

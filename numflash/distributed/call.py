@@ -6,8 +6,9 @@ from itertools import repeat
 from numbers import Integral
 from typing import Any, NamedTuple, NoReturn
 
+from numflash.api.block_masks import own
 from numflash.calls.ready import remembered
-from numflash.distributed import gather, heads, ring, steps, whole
+from numflash.distributed import gather, heads, positions, ring, whole
 from numflash.distributed.agreement import (
     FUNCTIONS,
     NoKeyError,
@@ -23,10 +24,16 @@ from numflash.distributed.communicators.grid import Grid
 from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import BY_POSITION, LocalCalls, is_given
 from numflash.distributed.memory import best_method
-from numflash.distributed.pairs import Band, Call
+from numflash.distributed.pairs import Band
 from numflash.distributed.problem import Method, Problem, sizes_of
 from numflash.distributed.sizes import expect_heads
-from numflash.distributed.wire import expect_layout_for, recipe_of
+from numflash.distributed.wire import (
+    WHY_NOT_FP8,
+    expect_layout_for,
+    expect_method_of_codes,
+    expect_precision,
+    recipe_of,
+)
 from numflash.problem.options import (
     ARRAY_OPTIONS,
     OPTIONS,
@@ -37,7 +44,6 @@ from numflash.problem.options import (
 )
 from numflash.runtime.arrays import library_of
 from numflash.runtime.errors import UnsupportedError
-from numflash.runtime.philox import ALIGNMENT
 from numflash.runtime.views import ArrayView
 from numflash.selection.choice import split_configs
 from numflash.selection.store import generation
@@ -48,10 +54,9 @@ ACROSS = ("gather", "ring")
 _OF_LAYOUT = ("causal_align", "shift", "origin")
 _LENGTHS = "the layout says how long documents are, and who holds which tokens of them"
 _REFUSED = {
-    "block_mask": "its blocks are of one GPU's rows and columns; give mask_mod",
     **dict.fromkeys(("seqlens_q", "seqlens_k", "starts_q", "starts_k"), _LENGTHS),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), _LENGTHS),
-    "fp8": 'scales would depend on who holds which tokens; wire="e4m3" quantises at the owner',
+    "fp8": WHY_NOT_FP8,
     "max_rel_error": 'precision="auto" decides by heads of one GPU',
     "batch_invariant": "each rank has calls of its own, in other batches than one GPU",
 }
@@ -59,7 +64,6 @@ _ELSEWHERE = ("layout", "schedule", "page_table", "appended", "cached", "num_spl
 _TAKEN = tuple(x.name for x in OPTIONS if x.name not in (*_REFUSED, *_OF_LAYOUT, *_ELSEWHERE))
 _PLAIN = frozenset((*_TAKEN, "out_dtype"))
 """Options that need no look before `problem.describe` checks them."""
-_ONE_SEQUENCE = ("dropout_p", "bias", "mask", "score_mod", "mask_mod")
 
 
 class Checked(NamedTuple):
@@ -115,6 +119,8 @@ class RankedCall:
 
     def __post_init__(self):
         self.comms = _comms(self.comm)
+        if self.options.get("block_mask") is not None:
+            self.options["block_mask"] = own(self.options["block_mask"])
 
     def agreed(self, operands: dict[str, Any]) -> Ready:
         """The call checked, once all ranks ask for the same. Raises as `attention`."""
@@ -177,7 +183,7 @@ class RankedCall:
             given["fp8"] = replace(recipe, granularity="token")
         if checked.config is not None:
             given["config"] = checked.config
-        calls = LocalCalls(given, arrays)
+        calls = LocalCalls(given, arrays, len(self.layout.lengths))
         band = Band.of(self.options["causal"], self.options["window_size"])
         comm, of_all = self.comms[0], (self.max_workspace, self.wire)
         if checked.names[0] != "heads":
@@ -228,17 +234,8 @@ class RankedCall:
                     f"{self.function} over several ranks got the unknown option {name}; it takes "
                     f"{', '.join(_TAKEN)}"
                 )
-        precision = self.options.get("precision")
-        if precision == "auto" or (precision == "fp8" and self.wire is None):
-            raise UnsupportedError(
-                f"{self.function} over several ranks takes no precision={precision!r}: "
-                f'{_REFUSED["fp8"]}, and precision="fp8" then multiplies these codes'
-            )
-        if precision == "fp8" and self.asked is not None:
-            raise UnsupportedError(
-                f"{self.function} has no precision='fp8': it takes gradients in 16 bits, of the "
-                "numbers that codes of keys and values stand for"
-            )
+        precision, backward = self.options.get("precision"), self.asked is not None
+        expect_precision(f"{self.function} over several ranks", precision, self.wire, backward)
         return AttentionOptions.of(self.function, self.options)
 
     def _check(
@@ -268,16 +265,15 @@ class RankedCall:
         if self.asked is None:
             whole.expect_forward(views, self.layout, options)
         else:
-            _expect_no_arrays(self.asked.wrt)
             options = options.of_backward(of_backward or None)
             wrt = whole.gradients_of_whole(views, self.layout, options, self.asked)
         names = self._names(names, views, options)
-        if options.precision == "fp8" and names == ("heads", "gather") and len(self.comms) == 1:
-            raise UnsupportedError(
-                'precision="fp8" over several ranks is for what gathers or sends round keys and '
-                f"values, also across groups; got method={self.method!r}"
-            )
-        self._expect_positions(options, names)
+        if options.precision == "fp8" and len(self.comms) == 1:
+            expect_method_of_codes(self.method)
+        layout, documents = self._across(names), len(self.layout.lengths)
+        positions.expect_documents(options, documents, views["q"].shape[0])
+        positions.expect_random_bits(options, layout, names[-1])
+        positions.expect_blocks(options, layout, names[-1])
         if self.asked is None and names[-1] == "gather" and not forced:
             config = whole.pinned_config(views, self.layout, options._replace(config=None))
         return Checked(names, config, wrt)
@@ -307,47 +303,24 @@ class RankedCall:
             return names if len(names) == 2 else (*names, "gather")
         if names != ("auto",):
             return names
+        if options.block_mask is not None:
+            return ("gather",)
         return (
             best_method(
                 self.layout,
                 Band.of(options.causal, options.window_size),
-                sizes_of(q, k, v, q.dtype, self.wire),
+                sizes_of(q, k, v, q.dtype, self.wire)._replace(
+                    in_codes=options.precision == "fp8"
+                ),
                 by_position=any(is_given(name, getattr(options, name)) for name in BY_POSITION),
                 max_workspace=self.max_workspace,
                 backward=self.asked is not None,
             ),
         )
 
-    def _expect_positions(self, options: AttentionOptions, names: tuple[str, ...]) -> None:
-        """Check the options that depend on positions. Raises ValueError, UnsupportedError."""
-        given = [name for name in _ONE_SEQUENCE if is_given(name, getattr(options, name))]
-        if given and len(self.layout.lengths) != 1:
-            raise UnsupportedError(
-                f"{given[0]} over several ranks is for one document: its rows and columns are "
-                f"those of one sequence, and the layout has {len(self.layout.lengths)} documents"
-            )
-        if "dropout_p" in given:
-            layout, band = self._across(names), Band.of(options.causal, options.window_size)
-            begins = {n for call in _calls(layout, band, names[-1]) for n in call.origin}
-            if any(n % ALIGNMENT for n in begins):
-                raise ValueError(
-                    f"with dropout_p calls must begin at multiples of {ALIGNMENT} tokens, to "
-                    f"which random bits belong: make the layout with multiple={ALIGNMENT}, and "
-                    "with a ring a window that is such a multiple"
-                )
-
     def _across(self, names: tuple[str, ...]) -> Layout:
         """The layout of the method across groups."""
         return _merged(self.layout, self.comms[0].size) if names[0] == "heads" else self.layout
-
-
-def _calls(layout: Layout, band: Band, method: str) -> list[Call]:
-    """Those of all ranks, where scores depend on positions."""
-    if method == "gather":
-        return [call for plan in steps.gathering(layout, band) for call in plan.calls]
-    return [
-        call for plan in steps.ring(layout, band, True) for step in plan for call in step.calls
-    ]
 
 
 def _glance(array) -> tuple:
@@ -364,7 +337,7 @@ def _no_key(array) -> NoReturn:
 
 
 _NOT_OF_CALLS = ("causal", "window_size", "out_dtype", *_OF_LAYOUT)
-_VARYING = (*ARRAY_OPTIONS, *FUNCTIONS, "aux")
+_VARYING = (*ARRAY_OPTIONS, *FUNCTIONS, "aux", "block_mask")
 """Options of which equal calls may have others."""
 
 
@@ -426,15 +399,6 @@ def _axis_of_tokens(name: str, array) -> int:
     return axes - 1 if name in ("lse", "dlse") else max(0, axes - 3)
 
 
-def _expect_no_arrays(wrt) -> None:
-    """Raise UnsupportedError for gradients of arrays that scores read."""
-    for name in wrt or ():
-        if isinstance(name, str) and (name == "bias" or name.startswith("aux")):
-            raise UnsupportedError(
-                f"wrt over several ranks has no {name!r}: its gradient is of one GPU"
-            )
-
-
 def _as_batch(name: str, view: ArrayView, q) -> ArrayView:
     """The view with a batch axis. Raises ValueError."""
     axes = len(q.shape)
@@ -470,8 +434,17 @@ def with_batch(operands: dict[str, Any]) -> dict[str, Any]:
 
 
 def sum_over_ranks(problem: Problem, share, name: str):
-    """The gradient of what ranks share, in float32 and in the order of ranks."""
-    total = None
-    for each in problem.comm.all_gather(problem.arrays.contiguous(share), f"gradients of {name}"):
-        total = each if total is None else total + each
-    return total
+    """The gradient of what all ranks have, in float32 and in the order of ranks.
+
+    Some elements at a time, for those of all ranks arrive.
+    """
+    whole = problem.arrays.contiguous(share).reshape(-1)
+    for begin in range(0, whole.shape[0], _ELEMENTS_AT_ONCE):
+        own, total = whole[begin : begin + _ELEMENTS_AT_ONCE], None
+        for each in problem.comm.all_gather(own, f"gradients of {name}"):
+            total = each if total is None else total + each
+        own[...] = total
+    return whole.reshape(tuple(share.shape))
+
+
+_ELEMENTS_AT_ONCE = 2**22

@@ -10,9 +10,15 @@ from numflash.distributed.pairs import Band
 from numflash.distributed.sizes import Sizes, expect_heads, what_travels
 from numflash.distributed.steps import Balance
 from numflash.distributed.turns import Turn, Turns, of_gather, of_heads, of_ring, share_of
-from numflash.distributed.wire import expect_layout_for, recipe_of
+from numflash.distributed.wire import (
+    expect_layout_for,
+    expect_method_of_codes,
+    expect_precision,
+    recipe_of,
+)
 from numflash.problem.options import AttentionOptions, expect_bool, expect_one_of, kind_of
 from numflash.problem.problem import expect_head_dim
+from numflash.problem.problem import expect_precision as of_one_gpu
 from numflash.runtime.views import numpy_dtype
 
 _METHODS = ("auto", "gather", "ring", "heads")
@@ -193,6 +199,7 @@ def explain(
     window_size: tuple[int | None, int | None] = (-1, -1),
     by_position: bool = False,
     wire=None,
+    precision: str | None = None,
     max_workspace: int | None = None,
     backward: bool = False,
     travels: str = "auto",
@@ -211,6 +218,7 @@ def explain(
         groups: neighbouring ranks that change tokens for heads, with a method of two.
         by_position: whether scores depend on positions: with ALiBi, dropout, a bias or functions.
             A call then has neighbouring tokens only.
+        precision: as of `attention`. With "fp8" calls read the codes that travel.
         backward: whether of the backward.
         travels: as of `attention_backward`.
         flops: operations a second of one GPU in this pass, for a predicted time.
@@ -221,6 +229,7 @@ def explain(
 
     Raises:
         TypeError, ValueError: bad input.
+        UnsupportedError: a precision that `attention` refuses.
 
     Example:
         >>> from numflash.distributed import Layout, explain
@@ -237,6 +246,7 @@ def explain(
     AttentionOptions.of("explain", {"causal": causal, "window_size": window_size}).check()
     band = Band.of(causal, window_size)
     sizes = _sizes(layout, num_heads_q, num_heads_kv, head_dim, head_dim_v, dtype, batch, wire)
+    sizes = sizes._replace(in_codes=_is_in_codes(precision, dtype, wire, method, backward))
     for name, value in (("by_position", by_position), ("backward", backward)):
         expect_bool(name, value)
     for name, figure in (("flops", flops), ("bandwidth", bandwidth)):
@@ -299,6 +309,18 @@ def _sizes(layout, num_heads_q, num_heads_kv, head_dim, head_dim_v, dtype, batch
     expect_layout_for(wire, layout)
     itemsize, recipe = numpy_dtype(dtype).itemsize, recipe_of(wire, head_dim)
     return Sizes(num_heads_q, num_heads_kv, head_dim, head_dim_v, itemsize, batch, recipe)
+
+
+def _is_in_codes(precision, dtype: str, wire, method, backward: bool) -> bool:
+    """Whether calls multiply codes. Raises TypeError, ValueError, UnsupportedError."""
+    of_one_gpu(precision, dtype)
+    expect_precision("explain", precision, wire, backward)
+    if precision != "fp8":
+        return False
+    expect_method_of_codes(method)
+    if dtype == "float32":
+        raise TypeError('precision="fp8" is for float16 and bfloat16, got dtype float32')
+    return True
 
 
 def _methods(method, groups: int | None, layout: Layout) -> tuple[int, str]:

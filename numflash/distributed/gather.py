@@ -11,13 +11,16 @@ Source: Llama 3, arXiv 2407.21783, section 3.3.2, context parallelism by all-gat
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from numflash.distributed import steps
+from numflash.distributed.arrays import Bundle
 from numflash.distributed.local_calls import Part
+from numflash.distributed.packing import Packed, are_packed
 from numflash.distributed.problem import Gradients, Problem
 from numflash.distributed.steps import Exchange, Gathering
-from numflash.distributed.wire import Wire
+from numflash.distributed.wire import Wire, recipe_of
 
 _OF_TOKENS = ("q", "k", "v")
 
@@ -74,6 +77,7 @@ def backward(
             shares.add(part)
             for name, gradient in part.results.items():
                 if name not in _OF_TOKENS:
+                    gradient = arrays.astype(gradient, "float32")
                     found[name] = found[name] + gradient if name in found else gradient
             # The next call takes the memory.
             del part, gradient
@@ -82,7 +86,7 @@ def backward(
     for name in wrt:
         if name not in found:
             # This rank has no queries.
-            found[name] = arrays.zeros(tuple(problem.calls.of_heads(name).shape), "float32")
+            found[name] = arrays.zeros(tuple(problem.calls.option(name).shape), "float32")
     return found
 
 
@@ -114,6 +118,8 @@ class _Plan(NamedTuple):
         wire: of the keys and values of one group; of all heads where nothing is fetched.
         own: of this rank's tokens (rows, the first place) each.
         sends, receives: (bytes of a buffer of `wire`, the other rank) of each message.
+        packed: where runs of rows are put together, those that leave and those that arrive; their
+            messages are of buffers with these alone.
     """
 
     steps: Gathering
@@ -122,6 +128,7 @@ class _Plan(NamedTuple):
     own: tuple[tuple[slice, int], ...]
     sends: tuple[tuple[slice, int], ...]
     receives: tuple[tuple[slice, int], ...]
+    packed: tuple[Packed, Packed] | None
 
     @property
     def at_once(self) -> int:
@@ -146,12 +153,16 @@ def _plan_of(problem: Problem, q, k, v, *, backward: bool) -> _Plan:
     wire, places = problem.wire_of(k[:, :, :each], v[:, :, :each]), dict(plan.own)
     sent = [(message.peer, places[message.rows]) for message in plan.fetch.sends]
     received = [(message.peer, message.rows) for message in plan.fetch.receives]
+    sides, sizes, packed = (sent, received), (seqlen, seqlen), None
+    if are_packed(problem.layout, problem.band, recipe_of(problem.wire, k.shape[3])):
+        packed = tuple(Packed.of(problem.arrays, side) for side in sides)
+        sides, sizes = zip(*((each.extents, each.tokens) for each in packed), strict=True)
     sends, receives = (
-        tuple((span, peer) for peer, rows in side for span in wire.spans(seqlen, *rows))
-        for side in (sent, received)
+        tuple((span, peer) for peer, rows in side for span in wire.spans(tokens, *rows))
+        for side, tokens in zip(sides, sizes, strict=True)
     )
     own = tuple((slice(*rows), place[0]) for rows, place in plan.own)
-    return _Plan(plan, tuple(groups), wire, own, sends, receives)
+    return _Plan(plan, tuple(groups), wire, own, sends, receives, packed)
 
 
 def _fetched(problem: Problem, plan: _Plan, k, v) -> Iterator[tuple[_Group, Any, Any]]:
@@ -165,17 +176,14 @@ def _fetched(problem: Problem, plan: _Plan, k, v) -> Iterator[tuple[_Group, Any,
         return
     seqlen, zeroed = problem.layout.seqlen, not plan.steps.is_whole
     buffers = [wire.new(seqlen, zeroed=zeroed) for _ in groups[:2]]
-    messages = [
-        [[(x.memory[span], peer) for span, peer in side] for side in (plan.sends, plan.receives)]
-        for x in buffers
-    ]
+    fetch = _packed_fetch if plan.packed else _fetch
+    fetch_into = fetch(problem, plan, buffers)
 
     def post(number: int) -> Callable[[], None]:
         buffer, heads = buffers[number % 2], groups[number].kv
         for rows, begin in plan.own:
             wire.fill(buffer, begin, k[:, rows, heads], v[:, rows, heads])
-        fetch = plan.steps.fetch
-        return _post(problem, fetch, *messages[number % 2], groups[number].what)
+        return fetch_into[number % 2](groups[number].what)
 
     wait = post(0)
     for number, group in enumerate(groups):
@@ -183,6 +191,42 @@ def _fetched(problem: Problem, plan: _Plan, k, v) -> Iterator[tuple[_Group, Any,
         if number + 1 < len(groups):
             wait = post(number + 1)
         yield group, *wire.unpack(buffers[number % 2])
+
+
+_Fetch = Callable[[str], Callable[[], None]]
+"""Post what a buffer sends and receives, for errors in words; the wait for it."""
+
+
+def _fetch(problem: Problem, plan: _Plan, buffers: list[Bundle]) -> list[_Fetch]:
+    """Of each buffer, from the places of rows to their places."""
+    fetch = partial(_post, problem, plan.steps.fetch)
+    return [partial(fetch, *_messages(plan, whole, whole)) for whole in buffers]
+
+
+def _packed_fetch(problem: Problem, plan: _Plan, buffers: list[Bundle]) -> list[_Fetch]:
+    """Of each buffer, by one of the rows that leave and one of those that arrive."""
+    leave, arrive = plan.packed
+    leaving, arriving = (plan.wire.new(each.tokens) for each in plan.packed)
+    messages = _messages(plan, leaving, arriving)
+
+    def fetch(whole: Bundle, what: str) -> Callable[[], None]:
+        for name, rows in leaving.items():
+            rows[...] = whole[name][leave.index]
+        wait = _post(problem, plan.steps.fetch, *messages, what)
+
+        def arrived() -> None:
+            wait()
+            for name, rows in arriving.items():
+                whole[name][arrive.index] = rows
+
+        return arrived
+
+    return [partial(fetch, whole) for whole in buffers]
+
+
+def _messages(plan: _Plan, leaving: Bundle, arriving: Bundle) -> list[list[tuple[Any, int]]]:
+    sides = (leaving, plan.sends), (arriving, plan.receives)
+    return [[(bundle.memory[span], peer) for span, peer in side] for bundle, side in sides]
 
 
 def _post(
@@ -202,8 +246,8 @@ class _Home(NamedTuple):
         columns: by name, those of dK and dV.
         row: (batch, heads of a group, columns of dK and dV), of one token.
         tokens: that arrive.
-        sends, receives: (bytes of all tokens' shares, or of what arrives; the other rank) of each
-            message.
+        sends, receives: (bytes of all tokens' shares, or of those that leave put together, or of
+            what arrives; the other rank) of each message.
         pieces: in the order of ranks (own rows, whether this rank made them, where they lie among
             all tokens, or among those that arrive). What one rank has of neighbouring rows is one.
     """
@@ -238,14 +282,27 @@ def _home_of(rank: int, plan: _Plan, batch: int, dims: dict[str, int]) -> _Home:
     found = [(peer, rows, False, place) for peer, _, rows, place in pieces]
     found += [(rank, rows, True, place) for rows, place in plan.steps.own]
     found.sort(key=lambda piece: piece[:2])
+    leave = [(m.peer, m.rows) for m in sends]
+    arrive = [(message.peer, spans[n]) for n, message in enumerate(receives)]
+    if plan.packed:
+        # What leaves here is where keys have arrived; what arrives lies by rank anyway.
+        leave, arrive = plan.packed[1].extents, _by_peer(arrive)
     return _Home(
         columns,
         row,
         at,
-        [(slice(m.rows[0] * size, m.rows[1] * size), m.peer) for m in sends],
-        [(spans[n], message.peer) for n, message in enumerate(receives)],
+        [(slice(begin * size, end * size), peer) for peer, (begin, end) in leave],
+        [(span, peer) for peer, span in arrive],
         [(slice(*rows), is_own, slice(*place)) for _, rows, is_own, place in found],
     )
+
+
+def _by_peer(spans: list[tuple[int, slice]]) -> list[tuple[int, slice]]:
+    """One span for each rank, whose spans lie next to each other."""
+    found: dict[int, slice] = {}
+    for peer, span in sorted(spans, key=lambda each: (each[0], each[1].start)):
+        found[peer] = slice(found.get(peer, span).start, span.stop)
+    return list(found.items())
 
 
 class _Shares:
@@ -274,6 +331,8 @@ class _Shares:
         self._problem, self._plan, self._home = problem, plan.steps, home
         self._heads, self._is_clear = slice(0, 0), False
         self._under_way = self._buffer = None
+        # Of a buffer, by rows: each group of heads has calls on the same.
+        self._of_rows: dict[tuple[int, int], dict[str, Any]] = {}
         arrays = problem.arrays
         self._sums = arrays.zeros((tokens, batch, heads, home.row[2]), "float32")
         self.gradients = self._by_name(self._sums)
@@ -281,7 +340,11 @@ class _Shares:
             return
         self._buffer = arrays.empty((problem.layout.seqlen, *home.row), "float32")
         room = arrays.empty((home.tokens, *home.row), "float32")
-        leaving, arriving = map(arrays.as_bytes, (self._buffer, room))
+        self._packed = plan.packed[1] if plan.packed else None
+        self._leaving = self._buffer
+        if self._packed:
+            self._leaving = arrays.empty((self._packed.tokens, *home.row), "float32")
+        leaving, arriving = map(arrays.as_bytes, (self._leaving, room))
         self._sends = [(leaving[span], peer) for span, peer in home.sends]
         self._receives = [(arriving[span], peer) for span, peer in home.receives]
         self._arrived = [
@@ -296,8 +359,11 @@ class _Shares:
         """Add what one call gave, once the group before has arrived."""
         if self._buffer is not None:
             self._clear()
-        whole = self._sums if self._buffer is None else self._buffer
-        for name, x in self._by_name(whole[slice(*part.k)]).items():
+        views = self._of_rows.get(part.k)
+        if views is None:
+            whole = self._sums if self._buffer is None else self._buffer
+            views = self._of_rows[part.k] = self._by_name(whole[slice(*part.k)])
+        for name, x in views.items():
             x += part.results[name]
 
     def give(self) -> None:
@@ -305,6 +371,8 @@ class _Shares:
         if self._buffer is None:
             return
         self._clear()
+        if self._packed:
+            self._leaving[...] = self._buffer[self._packed.index]
         first, last = self._heads.start, self._heads.stop - 1
         what = f"gradients of keys and values of heads {first} to {last}"
         wait = _post(self._problem, self._plan.give, self._sends, self._receives, what)

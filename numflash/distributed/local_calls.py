@@ -9,12 +9,15 @@ import numpy as np
 from numflash.api.attention import attention, attention_backward
 from numflash.api.varlen import attention_varlen, attention_varlen_backward
 from numflash.distributed.arrays import Arrays
+from numflash.distributed.blocks import part_of
 from numflash.distributed.pairs import Call, Pack, packs
 from numflash.problem.options import OPTIONS
 from numflash.selection.choice import split_configs
 
 # Options that make a score depend on its position or its head.
 BY_POSITION = ("alibi_slopes", "dropout_p", "bias", "mask", "score_mod", "mask_mod")
+OF_DOCUMENT = ("dropout_p", "bias", "mask", "score_mod", "mask_mod")
+"""Those that also make it depend on the number of its document, which is its batch entry."""
 _DEFAULTS = {option.name: option.default for option in OPTIONS}
 _OF_FORWARD = tuple(option.name for option in OPTIONS if not option.in_backward)
 
@@ -45,7 +48,7 @@ class LocalCalls:
         in_codes: whether forwards multiply in 8 bits.
     """
 
-    def __init__(self, options: dict[str, Any], arrays: Arrays):
+    def __init__(self, options: dict[str, Any], arrays: Arrays, documents: int = 1):
         """Bind options.
 
         Args:
@@ -53,12 +56,16 @@ class LocalCalls:
                 window_size. `alibi_slopes` and `sinks` are those of all heads of the problem.
                 `config` may be a dictionary that names kernels of both passes.
             arrays: of the operands.
+            documents: of the problem.
         """
         given = {name: x for name, x in options.items() if is_given(name, x)}
-        self._arrays, self._options = arrays, options
+        self._arrays, self._options, self._documents = arrays, options, documents
         self._known: dict[tuple, tuple[_Made, ...]] = {}
         self.by_position = any(name in given for name in BY_POSITION)
-        self._has_origin = self.by_position or "sinks" in given
+        # A block mask is cut to rows and heads, and so are its call's arrays of heads.
+        self._mask = given.get("block_mask")
+        self._has_origin = self._mask is None and (self.by_position or "sinks" in given)
+        self._is_numbered = documents > 1 and any(name in given for name in OF_DOCUMENT)
         self.in_codes = given.get("precision") == "fp8"
         of_forward, of_backward = split_configs(given.pop("config", None))
         self._forward = given | ({"config": of_forward} if of_forward else {})
@@ -67,10 +74,12 @@ class LocalCalls:
 
     def with_options(self, options: dict[str, Any]) -> "LocalCalls":
         """The same calls with more options."""
-        return LocalCalls(self._options | options, self._arrays)
+        return LocalCalls(self._options | options, self._arrays, self._documents)
 
-    def of_heads(self, name: str):
-        """The array of "sinks" or "alibi_slopes", of all heads of the problem."""
+    def option(self, name: str):
+        """The array of the whole problem that wrt calls so, as "sinks", "bias" or "aux0"."""
+        if name.startswith(_AUX):
+            return self._backward[_AUX][int(name.removeprefix(_AUX))]
         return self._backward[name]
 
     def forward(
@@ -98,9 +107,9 @@ class LocalCalls:
             at = made.at
             if into is not None:
                 more["out"] = into[at["q"]]
-            verb = attention if made.is_single else attention_varlen
+            verb = attention_varlen if made.is_packed else attention
             results = verb(q[at["q"]], k[at["k"]], v[at["v"]], **made.options, **more)
-            if not made.is_single:
+            if made.is_packed:
                 results = tuple(x[None] for x in results)
             yield Part(made.q, made.k, made.is_own, results)
             # The next call takes the memory.
@@ -131,10 +140,12 @@ class LocalCalls:
                 cut["lse"] = cut["lse"] + made.hidden
             cut["lse"] = contiguous(cut["lse"])
             first = [cut.pop(x, None) for x in _POSITIONAL]
-            verb = attention_backward if made.is_single else attention_varlen_backward
+            verb = attention_varlen_backward if made.is_packed else attention_backward
             found = verb(*first, **cut, **made.options)
             results = dict(zip(names, found, strict=True))
-            if not made.is_single:
+            if made.heads is not None:
+                results |= self._of_all_heads(results, made.heads)
+            if made.is_packed:
                 results |= {name: x[None] for name, x in results.items() if name in _OF_TOKENS}
             yield Part(made.q, made.k, made.is_own, results)
             # The next call takes the memory.
@@ -158,13 +169,14 @@ class LocalCalls:
         if found is not None:
             return found
         # Kernels on 8-bit floats know one length for all sequences.
-        apart, made = self.by_position or self.in_codes or batch != 1, []
+        apart, made = self.in_codes or batch != 1, []
         in_backward = wrt is not None
         of_all = self._backward if in_backward else self._forward
         for asked in _asked(calls, apart, self.by_position, self._has_origin, in_backward):
             options = asked.options(of_all, first_head)
             if in_backward:
-                names = tuple(x for x in wrt if x in _OF_TOKENS or x in options)
+                # Whatever is not of tokens is the whole problem's, but for a sink.
+                names = tuple(x for x in wrt if x != "sinks" or x in options)
                 if not names:
                     continue
                 options["wrt"] = names
@@ -172,23 +184,49 @@ class LocalCalls:
                 options["return_lse"] = True
             if is_short:
                 options["grad_dtype" if in_backward else "out_dtype"] = "float32"
-            pack, is_single, hidden = asked.pack, len(asked.pack.calls) == 1, None
-            if is_single:
-                of_q, of_k = pack.calls[0].q, pack.calls[0].k
-            else:
+            pack, hidden = asked.pack, None
+            of_q, of_k = pack.calls[0].q, pack.calls[0].k
+            is_packed = self._is_numbered or len(pack.calls) > 1
+            if len(pack.calls) > 1:
                 of_q, of_k = (0, rows), (0, k.shape[1])
-                options |= zip(_NAMES, _on_device(self._arrays, pack), strict=True)
                 if in_backward and "sinks" in names:
                     hidden = _outside(self._arrays, pack, rows)
-            at = _places(of_q, of_k) if is_single else dict.fromkeys(_OPERANDS, 0)
-            made.append(_Made(of_q, of_k, asked.is_own, is_single, at, options, hidden))
+            if is_packed:
+                documents = self._documents if self._is_numbered else None
+                lengths = _on_device(self._arrays, pack, of_q[0], of_k[0], documents)
+                options |= zip(_NAMES, lengths, strict=True)
+            heads = None
+            if self._mask is not None:
+                heads, of_k = (first_head, first_head + q.shape[2]), (0, k.shape[1])
+                options |= self._of_part(options, pack.calls[0], heads)
+            at = _places(of_q, of_k, 0 if is_packed else slice(None))
+            made.append(_Made(of_q, of_k, asked.is_own, is_packed, at, options, hidden, heads))
         self._known[key] = tuple(made)
         return self._known[key]
 
+    def _of_part(
+        self, options: dict[str, Any], call: Call, heads: tuple[int, int]
+    ) -> dict[str, Any]:
+        """The options that a block mask has cut, of a call on all keys."""
+        first, rows = call.origin[0], call.q[1] - call.q[0]
+        found = {name: options[name][..., slice(*heads)] for name in _OF_HEADS if name in options}
+        found["block_mask"] = part_of(self._mask, (first, first + rows), heads)
+        return found
+
+    def _of_all_heads(self, results: dict[str, Any], heads: tuple[int, int]) -> dict[str, Any]:
+        """Gradients of arrays of heads, which a block mask has cut, with zeros for the others."""
+        found = {}
+        for name in _OF_HEADS:
+            if name in results:
+                found[name] = self._arrays.zeros(tuple(self.option(name).shape), "float32")
+                found[name][..., slice(*heads)] = results[name]
+        return found
+
 
 _OF_TOKENS = ("q", "k", "v")
+_OF_HEADS = ("sinks", "alibi_slopes")
+_AUX = "aux"
 _POSITIONAL = ("dout", "q", "k", "v", "out", "lse")
-_OPERANDS = (*_POSITIONAL, "delta", "dlse")
 
 
 class _Made(NamedTuple):
@@ -196,28 +234,30 @@ class _Made(NamedTuple):
 
     Attributes:
         q, k, is_own: as of its `Part`.
-        is_single: whether it has one document.
+        is_packed: whether its rows are those of packed documents.
         at: by the name of an operand, what it takes of it: as an index.
         options: of the call, by name.
         hidden: what is added to lse, or None: -inf for rows in no sequence of the call, because of
             all rows with an lse sinks have a gradient.
+        heads: (begin, end) of its query heads where a block mask is cut to them, else None.
     """
 
     q: tuple[int, int]
     k: tuple[int, int]
     is_own: bool
-    is_single: bool
+    is_packed: bool
     at: dict[str, Any]
     options: dict[str, Any]
     hidden: Any
+    heads: tuple[int, int] | None
 
 
-def _places(q: tuple[int, int], k: tuple[int, int]) -> dict[str, tuple[slice, ...]]:
-    """Rows q and k of each operand, as indices."""
-    every, rows, keys = slice(None), slice(*q), slice(*k)
-    found = dict.fromkeys(("dout", "q", "out"), (every, rows))
-    found |= dict.fromkeys(("k", "v"), (every, keys))
-    return found | dict.fromkeys(("lse", "delta", "dlse"), (every, every, rows))
+def _places(q: tuple[int, int], k: tuple[int, int], entry: int | slice) -> dict[str, tuple]:
+    """Rows q and k of each operand, as indices, of a batch entry or of all."""
+    rows, keys = slice(*q), slice(*k)
+    found = dict.fromkeys(("dout", "q", "out"), (entry, rows))
+    found |= dict.fromkeys(("k", "v"), (entry, keys))
+    return found | dict.fromkeys(("lse", "delta", "dlse"), (entry, slice(None), rows))
 
 
 class _Asked(NamedTuple):
@@ -244,11 +284,11 @@ def _asked(
 ) -> tuple[_Asked, ...]:
     """The calls, put together where that is possible, and the options of each."""
     found = []
-    for pack in packs(calls, apart):
+    for pack in packs(calls, apart, by_position):
         for each in _keys_apart(pack) if in_backward else (pack,):
             call, place = each.calls[0], None
             own = {"window_size": tuple(-1 if x is None else x for x in each.window)}
-            if len(each.calls) == 1:
+            if by_position or len(each.calls) == 1:
                 own |= {"causal_align": "top_left", "shift": call.shift}
                 if has_origin:
                     place = call.origin
@@ -279,13 +319,23 @@ _NAMES = ("starts_q", "seqlens_q", "starts_k", "seqlens_k")
 
 
 @lru_cache(maxsize=4096)
-def _on_device(arrays: Arrays, pack: Pack) -> tuple[Any, ...]:
-    """starts_q, seqlens_q, starts_k, seqlens_k of a pack, on the device: copied there once."""
-    sides = [[call.q for call in pack.calls], [call.k for call in pack.calls]]
-    found = []
-    for rows in sides:
-        found.append(np.array([begin for begin, _ in rows], np.int32))
-        found.append(np.array([end - begin for begin, end in rows], np.int32))
+def _on_device(
+    arrays: Arrays, pack: Pack, first_q: int, first_k: int, documents: int | None
+) -> tuple[Any, ...]:
+    """starts_q, seqlens_q, starts_k, seqlens_k of a pack, on the device: copied there once.
+
+    Args:
+        arrays: of the operands.
+        pack: which.
+        first_q, first_k: the rows with which its arrays begin.
+        documents: of the problem, where each is the sequence of its number, and those that the
+            pack has not are empty; None: the pack's calls are the sequences.
+    """
+    numbers = [n if documents is None else call.document for n, call in enumerate(pack.calls)]
+    found = np.zeros((4, documents or len(pack.calls)), np.int32)
+    for n, call in zip(numbers, pack.calls, strict=True):
+        (begin_q, end_q), (begin_k, end_k) = call.q, call.k
+        found[:, n] = begin_q - first_q, end_q - begin_q, begin_k - first_k, end_k - begin_k
     return tuple(map(arrays.from_host, found))
 
 

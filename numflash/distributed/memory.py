@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from numflash.distributed import steps
 from numflash.distributed.layouts import Layout
+from numflash.distributed.packing import are_packed, has_many_messages
 from numflash.distributed.pairs import Band, Call
 from numflash.distributed.sizes import Sizes, gathered_at_once, tokens_of, what_travels
 
@@ -37,11 +38,17 @@ def memory_of_gather(
     group = sizes.of_heads(at_once)
     buffers = 1 if at_once == sizes.heads_kv else 2
     found = {"keys and values": buffers * group.keys(layout.seqlen)}
-    found |= _as_numbers(group, layout.seqlen)
+    found |= _copied(group, layout.seqlen)
+    sent, received = tokens_of(plan.fetch)
+    is_packed = are_packed(layout, band, sizes.recipe)
+    if is_packed:
+        found["rows put together"] = group.keys(sent) + group.keys(received)
     if backward:
         _, arriving = tokens_of(plan.give)
         found["shares of dK and dV"] = group.key_sums(layout.seqlen)
         found["arriving shares"] = group.key_sums(arriving)
+        if is_packed:
+            found["rows put together"] += group.key_sums(received)
         rows, keys = (_longest(plan.calls, side) for side in (0, 1))
         found["a part"] = group.query_sums(rows) + group.key_sums(keys)
         tokens = layout.tokens(rank)
@@ -78,7 +85,7 @@ def memory_of_ring(
     operands = sizes.queries if travels == "queries" else sizes.keys
     found = {_NAMES[travels]: _most_at_a_time(plan, operands)}
     longest = max((layout.tokens(step.owner) for step in plan if step.calls), default=0)
-    found |= _as_numbers(sizes, tokens if travels == "queries" else longest)
+    found |= _copied(sizes, tokens if travels == "queries" else longest)
     if travels is None:
         merges = sum(len(step.calls) for step in plan) > 1
         if merges:
@@ -95,11 +102,11 @@ def memory_of_ring(
     return found | _in_float32(sizes, stays(tokens))
 
 
-def _as_numbers(sizes: Sizes, tokens: int) -> Memory:
-    """Keys and values that have travelled as codes, once more in the dtype of the queries."""
-    if sizes.recipe is None:
-        return {}
-    return {"keys and values as numbers": sizes._replace(recipe=None).keys(tokens)}
+def _copied(sizes: Sizes, tokens: int) -> Memory:
+    """Keys and values that have travelled as codes, once more as calls read them."""
+    copied = sizes.copied_keys(tokens)
+    name = "padded codes" if sizes.in_codes else "keys and values as numbers"
+    return {name: copied} if copied else {}
 
 
 _NAMES = {None: "keys and values", "keys": "keys and values", "queries": "queries"}
@@ -153,7 +160,7 @@ def memory_of_heads(sizes: Sizes, tokens: int, home: Sizes, *, backward: bool = 
     own_tokens = tokens * sizes.heads_q // home.heads_q
     row = sizes.out(tokens, sizes.itemsize) + sizes.rows(tokens)
     operands = sizes.q(tokens) + sizes.keys(tokens) + (row + sizes.rows(tokens)) * backward
-    numbers = _as_numbers(sizes, tokens)
+    numbers = _copied(sizes, tokens)
     results, arriving = row, home.out(own_tokens, home.itemsize) + home.rows(own_tokens)
     if backward:
         results = sizes.query_sums(tokens) + sizes.key_sums(tokens)
@@ -184,10 +191,6 @@ def memory_of(
     )
 
 
-MOST_MESSAGES = 256
-"""That a rank posts together: more have hung in NCCL (PyTorch's pull request 174942)."""
-
-
 @lru_cache(maxsize=256)
 def best_method(
     layout: Layout,
@@ -213,9 +216,8 @@ def best_method(
         "gather", or "ring" where gathering takes more memory than that, even with one key-value
         head at a time, or more messages together than libraries bear.
     """
-    a_run = 1 if sizes.recipe is None else 2
-    messages = (a_run * sum(map(len, plan.fetch)) for plan in steps.gathering(layout, band))
-    if any(number > MOST_MESSAGES for number in messages):
+    is_packed = are_packed(layout, band, sizes.recipe)
+    if not is_packed and has_many_messages(layout, band, sizes.recipe):
         return "ring"
     ranks = range(layout.ranks)
     most = max(

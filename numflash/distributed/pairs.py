@@ -73,7 +73,7 @@ class Pack(NamedTuple):
 
     Attributes:
         window: of each of them.
-        offset: of each of them.
+        offset: of each of them, unless scores depend on positions.
         calls: no query is in two.
     """
 
@@ -190,23 +190,28 @@ def pair(
 
 
 @lru_cache(maxsize=4096)
-def packs(calls: Calls, apart: bool) -> tuple[Pack, ...]:
+def packs(calls: Calls, apart: bool, by_position: bool = False) -> tuple[Pack, ...]:
     """Calls put together where attention can make them in one call.
 
     Args:
         calls: of one step.
         apart: whether each call stays alone, as calls of one document do anyway.
+        by_position: as of `calls_of`: then only calls that begin where their documents do are
+            put together, for the origin of a call is that of all its sequences.
     """
     if apart or len({call.document for call in calls}) < 2:
         return tuple(Pack(call.window, call.offset, Calls([call])) for call in calls)
     found: dict[tuple, list[_Apart]] = {}
-    for call in calls:
-        groups = found.setdefault((call.window, call.offset, call.is_own), [])
+    for number, call in enumerate(calls):
+        kind = call.window, call.offset, call.is_own
+        if by_position:
+            kind = (call.window, 0) if call.origin == (0, 0) else (number,)
+        groups = found.setdefault(kind, [])
         if not any(group.add(call) for group in groups):
             groups.append(_Apart(call))
     return tuple(
-        Pack(window, offset, Calls(group.calls))
-        for (window, offset, _), groups in found.items()
+        Pack(group.calls[0].window, group.calls[0].offset, Calls(group.calls))
+        for groups in found.values()
         for group in groups
     )
 

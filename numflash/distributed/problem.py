@@ -86,7 +86,7 @@ def sizes_of(q, k, v, dtype: str, wire) -> Sizes:
 _gathered_at_once = lru_cache(maxsize=1024)(gathered_at_once)
 
 Gradients = dict[str, Any]
-"""By name: q, k, v as of `attention_backward`; sinks and alibi_slopes of this rank's rows only."""
+"""By name: q, k, v as of `attention_backward`; of what all ranks have this rank's share."""
 
 
 class Method(Protocol):
@@ -126,11 +126,12 @@ class Method(Protocol):
             operands: dout, q, k, v, lse and out, or in its place delta, of this rank's rows; dlse,
                 where lse has a gradient of its own, else None or left out.
             first_head: as of `forward`.
-            wrt: of "q", "k", "v", "sinks" and "alibi_slopes".
+            wrt: as of `attention_backward`.
 
         Returns:
-            A float32 gradient by each name in wrt. Those of sinks and alibi_slopes have the shapes
-            of the whole problem's, and are this rank's share: the sum over ranks is the gradient.
+            A float32 gradient by each name in wrt. Those of what all ranks have, as sinks and a
+            bias, have the shapes of the whole problem's, and are this rank's share: the sum over
+            ranks is the gradient.
 
         Raises:
             CommunicatorError: a peer is gone or did not come.

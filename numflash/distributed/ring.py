@@ -26,16 +26,34 @@ _OPERANDS = ("q", "k", "v")
 
 
 class Cargo(NamedTuple):
-    """Arrays that travel together.
+    """Arrays that travel together, of some tokens.
 
     Attributes:
+        tokens: how many they are of.
         messages: their memory, flat, uint8.
         views: (batch, tokens, heads, head_dim), or (batch, heads, tokens), by name; of keys and
             values what their `Wire` unpacks.
     """
 
+    tokens: int
     messages: list
     views: dict[str, Any]
+
+
+class _Room:
+    """Memory for what comes: that of what has left before, if both are as large."""
+
+    def __init__(self, make: Callable[[int], Cargo]):
+        self._make, self._left = make, None
+
+    def take(self, tokens: int) -> Cargo:
+        """Room for so many tokens; what is in it is undefined."""
+        found, self._left = self._left, None
+        return found if found is not None and found.tokens == tokens else self._make(tokens)
+
+    def leave(self, cargo: Cargo | None) -> None:
+        """Say that nobody sends or reads this any more."""
+        self._left = cargo
 
 
 def forward(problem: Problem, q, k, v, first_head: int = 0, *, float32: bool) -> tuple[Any, Any]:
@@ -132,7 +150,7 @@ class _Keys:
     def new(self, tokens: int) -> Cargo:
         """Room for those of another rank."""
         buffer = self._wire.new(tokens)
-        return Cargo(self._wire.messages(buffer, 0, tokens), buffer)
+        return Cargo(tokens, self._wire.messages(buffer, 0, tokens), buffer)
 
     def new_sums(self, tokens: int, names: tuple[str, ...]) -> Cargo:
         """Room for their gradients."""
@@ -142,7 +160,7 @@ class _Keys:
         for name in names:
             views[name] = by_batch[..., at : at + self._dims[name]]
             at += self._dims[name]
-        return Cargo([self._arrays.as_bytes(buffer)], views)
+        return Cargo(tokens, [self._arrays.as_bytes(buffer)], views)
 
 
 class _Queries:
@@ -175,7 +193,7 @@ class _Queries:
         """Room for those of another rank."""
         places = self._problem.once(("queries", tokens), lambda: self._places(tokens))
         bundle = self._arrays.bundle_at(places)
-        return Cargo([bundle.memory], bundle)
+        return Cargo(tokens, [bundle.memory], bundle)
 
     def _places(self, tokens: int) -> Places:
         """Of so many, in a bundle."""
@@ -191,7 +209,7 @@ class _Queries:
         """Room for the gradients of queries."""
         batch, _, heads, head_dim = self._given["q"].shape
         array = self._arrays.empty((batch, tokens, heads, head_dim), "float32")
-        return Cargo([self._arrays.as_bytes(array)], {"q": array})
+        return Cargo(tokens, [self._arrays.as_bytes(array)], {"q": array})
 
 
 class _Round:
@@ -206,6 +224,7 @@ class _Round:
 
     def __init__(self, problem: Problem, plan: tuple[Step, ...], cargo: "_Keys | _Queries"):
         self._problem, self._plan, self._cargo = problem, plan, cargo
+        self._room = _Room(cargo.new)
         self._here = cargo.own() if plan and plan[0].fetch.sends else None
         self._coming = None
         self.views = cargo.of_owner(self._here)
@@ -213,13 +232,14 @@ class _Round:
     def post(self, number: int) -> Callable[[], None]:
         """Send what is here on, and make room for what comes; the wait for both."""
         exchange = self._plan[number].fetch
-        coming = [self._cargo.new(_tokens(message)) for message in exchange.receives]
+        coming = [self._room.take(_tokens(message)) for message in exchange.receives]
         self._coming = coming[0] if coming else None
         what = f"ring step {number + 1} of {len(self._plan)}, {self._cargo.what}"
         return _post(self._problem, exchange, self._here, coming, what)
 
     def turn(self) -> None:
         """What came is here. Where nothing came, no call will read the operands."""
+        self._room.leave(self._here)
         self._here, self._coming = self._coming, None
         if self._here is not None:
             self.views = self._cargo.opened(self._here)
@@ -312,32 +332,25 @@ def _backward(
     first_head: int,
     wrt: tuple[str, ...],
 ) -> Gradients:
-    arrays, rank = problem.arrays, problem.rank
     going = tuple(name for name in cargo.gradients if name in wrt)
     shapes = {name: tuple(operands[name].shape) for name in ("q", "k", "v")}
     shapes |= {
-        name: tuple(problem.calls.of_heads(name).shape) for name in wrt if name not in _OPERANDS
+        name: tuple(problem.calls.option(name).shape) for name in wrt if name not in _OPERANDS
     }
-    kept, shares = _Kept(arrays, shapes), _Shares()
-    around = _Round(problem, plan, cargo)
-    # Sums of the ranks before this one, by owner.
-    landed: dict[int, Cargo] = {}
-    given = _no_wait
+    kept, shares = _Kept(problem.arrays, shapes), _Shares()
+    around, sums = _Round(problem, plan, cargo), _Sums(problem, plan, cargo, going)
     for number, step in enumerate(plan):
         fetched = around.post(number)
         for part in problem.calls.backward(step.calls, operands | around.views, first_head, wrt):
             _take(part, going, shares, kept)
             del part
-        given()
-        # What has left is freed before what comes takes memory.
-        given = _no_wait
         if going:
-            given = _give(problem, plan, number, cargo, going, shares, landed)
+            sums.give(number, shares)
         fetched()
         del fetched
         around.turn()
-    given()
-    found = landed[rank].views if rank in landed else {}
+    sums.wait()
+    found = sums.views
     return {name: found[name] if name in found else kept.get(name) for name in wrt}
 
 
@@ -348,32 +361,56 @@ def _take(part: Part, going: tuple[str, ...], shares: _Shares, kept: _Kept) -> N
         (shares if name in going else kept).add(name, rows, gradient)
 
 
-def _give(
-    problem: Problem,
-    plan: tuple[Step, ...],
-    number: int,
-    cargo: "_Keys | _Queries",
-    going: tuple[str, ...],
-    shares: _Shares,
-    landed: dict[int, Cargo],
-) -> Callable[[], None]:
-    """Add the shares of a step to the sum of the ranks before, and send it on or home."""
-    step, total = plan[number], landed.pop(plan[number].owner, None)
-    tokens = problem.layout.tokens(step.owner)
-    if number == 0:
-        total = cargo.new_sums(tokens, going)
-        for view in total.views.values():
-            view[...] = 0
-    if total is not None:
-        shares.pour(total.views)
-    if number == 0 and not step.give.sends:
-        landed[step.owner] = total
-    coming = {
-        message.owner: cargo.new_sums(_tokens(message), going) for message in step.give.receives
-    }
-    landed |= coming
-    what = f"ring step {number + 1} of {len(plan)}, gradients of {cargo.what}"
-    return _post(problem, step.give, total, list(coming.values()), what)
+class _Sums:
+    """Sums of the gradients that travel, one step behind the operands."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        plan: tuple[Step, ...],
+        cargo: "_Keys | _Queries",
+        going: tuple[str, ...],
+    ):
+        self._problem, self._plan, self._what = problem, plan, f"gradients of {cargo.what}"
+        self._room = _Room(lambda tokens: cargo.new_sums(tokens, going))
+        # Those of the ranks before this one, by owner.
+        self._landed: dict[int, Cargo] = {}
+        self._leaving: Cargo | None = None
+        self._under_way = _no_wait
+
+    @property
+    def views(self) -> dict[str, Any]:
+        """Of this rank's own tokens, by name; empty where nobody has computed with them."""
+        own = self._landed.get(self._problem.rank)
+        return {} if own is None else own.views
+
+    def give(self, number: int, shares: _Shares) -> None:
+        """Add the shares of a step to the sum of the ranks before, and send it on or home."""
+        # What has left makes room for what comes.
+        self.wait()
+        step = self._plan[number]
+        total = self._landed.pop(step.owner, None)
+        if number == 0:
+            total = self._room.take(self._problem.layout.tokens(step.owner))
+            for view in total.views.values():
+                view[...] = 0
+        if total is not None:
+            shares.pour(total.views)
+        if number == 0 and not step.give.sends:
+            self._landed[step.owner] = total
+        coming = [self._room.take(_tokens(message)) for message in step.give.receives]
+        for cargo, message in zip(coming, step.give.receives, strict=True):
+            self._landed[message.owner] = cargo
+        self._leaving = total if step.give.sends else None
+        what = f"ring step {number + 1} of {len(self._plan)}, {self._what}"
+        self._under_way = _post(self._problem, step.give, total, coming, what)
+
+    def wait(self) -> None:
+        """Wait for what is under way."""
+        self._under_way()
+        self._under_way = _no_wait
+        self._room.leave(self._leaving)
+        self._leaving = None
 
 
 def _post(

@@ -30,6 +30,7 @@ class Sizes(NamedTuple):
         itemsize: bytes of an element of q, k, v, dout.
         batch: entries.
         recipe: how keys and values are quantised before they travel; None: they are not.
+        in_codes: whether calls multiply these codes, and not the numbers that they stand for.
     """
 
     heads_q: int
@@ -39,6 +40,7 @@ class Sizes(NamedTuple):
     itemsize: int
     batch: int = 1
     recipe: Fp8Recipe | None = None
+    in_codes: bool = False
 
     def keys(self, tokens: int) -> int:
         """Bytes of keys and values as they travel."""
@@ -50,6 +52,21 @@ class Sizes(NamedTuple):
         per_scale = self.recipe.block if self.recipe.granularity == "block" else 1
         codes, scales = tokens * (columns + self.head_dim_v), -(-tokens // per_scale) * 2
         return self.batch * self.heads_kv * (codes + 4 * scales)
+
+    def copied_keys(self, tokens: int) -> int:
+        """Bytes of copies of keys and values that have travelled as codes, for calls to read."""
+        if self.recipe is None:
+            return 0
+        if not self.in_codes:
+            return self._replace(recipe=None).keys(tokens)
+        columns = self.head_dim
+        if self.recipe.hadamard:
+            columns = padded_fp8_head_dim(columns)
+        # Rows are padded, and begin at multiples of 16 bytes: as `wire.Codes` leaves them.
+        aligned = (columns + self.head_dim_v) % 16 == 0
+        sides = [(n, padded_fp8_head_dim(n)) for n in (columns, self.head_dim_v)]
+        copied = sum(padded for n, padded in sides if not aligned or n != padded)
+        return tokens * self.batch * self.heads_kv * copied
 
     def key_sums(self, tokens: int, wrt: tuple[str, ...] = _OF_TOKENS) -> int:
         """Bytes of float32 gradients of keys and values, of those in wrt."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from numflash.distributed import steps
 from numflash.distributed.layouts import Layout
+from numflash.distributed.packing import are_packed, of_peers
 from numflash.distributed.pairs import Band, Calls
 from numflash.distributed.sizes import Sizes, gathered_at_once, shares_of
 from numflash.distributed.steps import Exchange
@@ -102,6 +103,9 @@ def of_gather(
     if not is_needed:
         at_once = sizes.heads_kv
     group, groups = sizes.of_heads(at_once), sizes.heads_kv // at_once
+    if are_packed(layout, band, sizes.recipe):
+        sides = [[Exchange(*map(of_peers, x)) for x in (p.fetch, p.give)] for p in plans]
+        plans = [p._replace(fetch=x, give=y) for p, (x, y) in zip(plans, sides, strict=True)]
 
     def turns_of(plan: steps.Gathering) -> Turns:
         fetch = _traffic(plan.fetch, group.keys)

@@ -13,7 +13,6 @@ from numflash.calls.forward import selection_of
 from numflash.calls.fp8_forward import fp8_request_of
 from numflash.configs.features import default_gradients
 from numflash.distributed.layouts import Layout
-from numflash.distributed.local_calls import BY_POSITION, is_given
 from numflash.problem.options import PACKED, AttentionOptions, GradientOptions
 from numflash.runtime.views import ArrayView, fresh
 from numflash.selection.choice import Purpose, split_configs
@@ -109,9 +108,8 @@ def gradients_of_whole(
 
 def are_together(layout: Layout, batch: int, options: AttentionOptions) -> bool:
     """Whether one call computes several documents of a rank, as packed sequences."""
-    apart = options.precision == "fp8"  # kernels on 8-bit floats know one length for all
-    apart = apart or any(is_given(name, getattr(options, name)) for name in BY_POSITION)
-    return len(layout.lengths) > 1 and batch == 1 and not apart
+    # Kernels on 8-bit floats know one length for all.
+    return len(layout.lengths) > 1 and batch == 1 and options.precision != "fp8"
 
 
 def _whole(

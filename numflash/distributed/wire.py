@@ -20,8 +20,10 @@ from numflash.configs import padded_fp8_head_dim
 from numflash.distributed.arrays import Arrays, Bundle, Places, places_in_bundle
 from numflash.distributed.layouts import Layout
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
+from numflash.runtime.errors import UnsupportedError
 
 FORMAT = "e4m3"
+WHY_NOT_FP8 = 'scales would depend on who holds which tokens; wire="e4m3" quantises at the owner'
 _ROTATED_STEP = 64
 
 
@@ -30,9 +32,11 @@ class Wire(Protocol):
 
     Attributes:
         is_exact: whether what arrives is what was sent off, and not rounded.
+        tokens_per_scale: a row at a multiple of so many tokens shares a scale with none before it.
     """
 
     is_exact: bool
+    tokens_per_scale: int
 
     def new(self, tokens: int, *, zeroed: bool = False) -> Bundle:
         """A buffer for the keys and values of so many tokens; its `memory` is one message."""
@@ -90,7 +94,7 @@ class _Keys:
 class OwnNumbers:
     """Keys and values that travel as they are: (tokens, batch, heads, head_dim + head_dim_v)."""
 
-    is_exact = True
+    is_exact, tokens_per_scale = True, 1
 
     def __init__(self, keys: _Keys):
         self._keys = keys
@@ -144,7 +148,7 @@ class Codes:
         # Of a row that is rotated all columns count, also those that are padding.
         dim = keys.head_dim
         self._columns_k = padded_fp8_head_dim(dim) if recipe.hadamard else dim
-        self._tokens_per_scale = recipe.block if recipe.granularity == "block" else 1
+        self.tokens_per_scale = recipe.block if recipe.granularity == "block" else 1
         self._places, self.spans = _remembered(self._places, self.spans)
 
     def new(self, tokens, *, zeroed=False):
@@ -195,7 +199,7 @@ class Codes:
         return self.unpack(buffer)
 
     def _places(self, tokens: int) -> Places:
-        x, scales = self._keys, -(-tokens // self._tokens_per_scale)
+        x, scales = self._keys, -(-tokens // self.tokens_per_scale)
         codes = tokens, x.batch, x.heads, self._columns_k + x.head_dim_v
         scales = (scales, x.batch, x.heads, 2), "float32"
         return places_in_bundle((("codes", (codes, "uint8")), ("scales", scales)))
@@ -206,7 +210,7 @@ class Codes:
         return replace(self._recipe, hadamard=False)
 
     def _scales(self, begin: int, end: int) -> slice:
-        return slice(begin // self._tokens_per_scale, -(-end // self._tokens_per_scale))
+        return slice(begin // self.tokens_per_scale, -(-end // self.tokens_per_scale))
 
     def _filled_up(self, codes):
         """The codes as kernels read them: rows padded with zeros, at multiples of 16 bytes."""
@@ -306,6 +310,29 @@ def recipe_of(wire: str | Fp8Recipe | None, head_dim: int) -> Fp8Recipe | None:
     if wire != FORMAT:
         raise ValueError(f'wire must be None, "{FORMAT}" or an Fp8Recipe, got {wire!r}')
     return Fp8Recipe("token", hadamard=head_dim % _ROTATED_STEP == 0)
+
+
+def expect_precision(function: str, precision: str | None, wire, backward: bool) -> None:
+    """Check that a function can have a precision over several ranks. Raises UnsupportedError."""
+    if precision == "auto" or (precision == "fp8" and wire is None):
+        raise UnsupportedError(
+            f"{function} takes no precision={precision!r}: {WHY_NOT_FP8}, and "
+            'precision="fp8" then multiplies these codes'
+        )
+    if precision == "fp8" and backward:
+        raise UnsupportedError(
+            f"{function} has no precision='fp8' in a backward: it takes gradients in 16 bits, of "
+            "the numbers that codes of keys and values stand for"
+        )
+
+
+def expect_method_of_codes(method: str | tuple[str, str]) -> None:
+    """Check the method of precision="fp8". Raises UnsupportedError."""
+    if method == "heads":
+        raise UnsupportedError(
+            'precision="fp8" over several ranks is for what gathers or sends round keys and '
+            f"values, also across groups; got method={method!r}"
+        )
 
 
 def expect_layout_for(wire: str | Fp8Recipe | None, layout: Layout) -> None:

@@ -187,7 +187,7 @@ def _check_broadcast(
     if name not in views:
         return
     view, wanted = views[name], extent[:4]
-    if extent.packed:
+    if extent.packed and extent.origin is None:
         # Sequences are no longer than these axes: see `most_rows`.
         wanted = *wanted[:2], *(1, 1, *view.shape)[-2:]
     if view.dtype not in dtypes:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from numflash.configs import Config, implementation_of
+from numflash.configs.traits import padded_head_dim, rows_in_turn
 from numflash.problem.problem import AttentionProblem
 from numflash.reference.sequences import (
     BEGIN,
@@ -172,19 +173,16 @@ def _in_bundles(launch: Launch):
     return np.where(later % 2 == 0, tiles - 1 - tile, tile), first + head, split, number
 
 
-def _last_queries_first(launch: Launch):
-    """Head by head: `tiles.blocks.make_place_of_queries`."""
-    tiles = launch.tiling.row_tiles
-    number = np.arange(tiles * launch.heads)
-    head, tile = np.divmod(number, tiles)
-    return tiles - 1 - tile, head, np.zeros_like(number), number
-
-
 def _first_keys_first(launch: Launch):
-    """Head by head: `tiles.blocks.make_place_of_keys`."""
-    number = np.arange(launch.tiling.row_tiles * launch.heads)
-    head, tile = np.divmod(number, launch.tiling.row_tiles)
-    return tile, head, np.zeros_like(number), number
+    """Heads in turn, all bundles but the first whole: `tiles.blocks.make_place_of_keys`."""
+    tile, head, split, number = _last_keys_first(launch)
+    return tile[::-1], launch.heads - 1 - head[::-1], split, number
+
+
+def _last_queries_first(launch: Launch):
+    """The same from the last rows: `tiles.blocks.make_place_of_queries`."""
+    tile, head, split, number = _first_keys_first(launch)
+    return launch.tiling.row_tiles - 1 - tile, head, split, number
 
 
 def _apart(launch: Launch):
@@ -220,6 +218,10 @@ ORDERS = {
     "dealt keys": _dealt_keys,
 }
 """The orders by name."""
+
+
+TAKE_TURNS = "last queries first", "first keys first", "dV and dK apart"
+"""Those whose heads take turns by `heads_in_turn`."""
 
 
 def order_of(config: Config) -> str:
@@ -282,7 +284,8 @@ def launch_of(
         problem: the question.
         pack: heads that are packed, by `geometry.heads_packed`.
         in_flight: heads whose blocks take turns: `Geometry.heads_in_flight`, or of Hopper's
-            backward in one kernel `geometry.heads_of_backward`.
+            backward in one kernel `geometry.heads_of_backward`; in the orders of `TAKE_TURNS`
+            `heads_in_turn` decides.
 
     Raises:
         ValueError: its blocks own no tiles of queries or keys, or are in clusters, which own one
@@ -295,11 +298,30 @@ def launch_of(
     if owns_keys(order):
         tiling = Tiling(keys, queries, config.row_tile, config.column_tile, -hi, -lo)
         heads = problem.batch * problem.num_heads_kv
+        if order in TAKE_TURNS:
+            in_flight = _heads_in_turn(problem, keys)
         return Launch(tiling, order, heads, splits, in_flight, problem.group_size)
     stage = getattr(config, "stage_n", config.column_tile)
     tiling = Tiling(queries * pack, keys, config.row_tile, stage, lo, hi, pack)
     heads = problem.batch * problem.num_heads_q // pack
+    if order in TAKE_TURNS:
+        in_flight = _heads_in_turn(problem, queries)
     return Launch(tiling, order, heads, splits, in_flight)
+
+
+def heads_in_turn(rows: int, rows_in_turn: int) -> int:
+    """Heads of so many rows whose blocks take turns, by `tiles.blocks.make_place_in_turn`.
+
+    Args:
+        rows: of a head, of the side that blocks own.
+        rows_in_turn: of all heads that take turns, `Traits.rows_in_turn`.
+    """
+    return max(1, rows_in_turn // max(1, rows))
+
+
+def _heads_in_turn(problem: AttentionProblem, rows: int) -> int:
+    columns = (padded_head_dim(n) for n in (problem.head_dim, problem.head_dim_v))
+    return heads_in_turn(rows, rows_in_turn(*columns))
 
 
 def listed_places(

@@ -155,18 +155,47 @@ def _ragged_place_of_keys(number, shape, mask):
 
 
 @cache
+def make_place_in_turn(traits):
+    """place_in_turn(number, num_tiles, rows, num_heads, batch_size): (tile, head, batch)
+
+    The tiles of heads of `rows` rows, where the first tile of a head has the most work. Heads come
+    in bundles of `Traits.rows_in_turn`, of which only the first may have fewer: of a bundle the
+    first tiles of all heads come first, then the second ones. So the last blocks to begin are
+    short.
+    """
+    rows_in_turn = traits.rows_in_turn
+
+    @function_of_numbers
+    def place_in_turn(number, num_tiles, rows, num_heads, batch_size):
+        in_flight = max(i32(1), quotient(i32(rows_in_turn), rows))
+        heads = i32(batch_size * num_heads)
+        # Counted from the end, where bundles are whole.
+        from_end = i32(heads * num_tiles - 1 - number)
+        behind = i32(quotient(from_end, in_flight * num_tiles) * in_flight)
+        bundle = min(in_flight, i32(heads - behind))
+        tile, head = divide(i32(from_end - behind * num_tiles), bundle)
+        batch, head = divide(i32(heads - 1 - behind - head), num_heads)
+        return i32(num_tiles - 1 - tile), head, batch
+
+    return place_in_turn
+
+
+@cache
 def make_place_of_queries(tile_m, traits):
     """place_of_queries(number, shape, mask): the `Place` of a tile of tile_m queries of one head.
 
-    The last rows come first: in a causal problem they see the most keys.
+    The last rows come first: in a causal problem they see the most keys. Heads take turns.
     """
     if traits.ragged:
         return _ragged_place_of_queries
+    place_in_turn = make_place_in_turn(traits)
 
     @function_of_numbers
     def place_of_queries(number, shape, mask):
         num_tiles = tiles_of(shape.seqlen_q, tile_m)
-        tile, head, batch = place_in_heads(number, num_tiles, shape.num_heads_q)
+        tile, head, batch = place_in_turn(
+            number, num_tiles, shape.seqlen_q, shape.num_heads_q, shape.batch_size
+        )
         start = i32((num_tiles - 1 - tile) * tile_m)
         return Place(start, head, quotient(head, shape.group_size), batch, i32(0))
 
@@ -177,16 +206,19 @@ def make_place_of_queries(tile_m, traits):
 def make_place_of_keys(tile_n, traits):
     """place_of_keys(number, shape, mask): the `Place` of a tile of tile_n keys of one head.
 
-    The first keys come first: in a causal problem the most queries see them.
+    The first keys come first: in a causal problem the most queries see them. Heads take turns.
     """
     if traits.ragged:
         return _ragged_place_of_keys
+    place_in_turn = make_place_in_turn(traits)
 
     @function_of_numbers
     def place_of_keys(number, shape, mask):
         num_tiles = tiles_of(shape.seqlen_k, tile_n)
         num_heads_kv = quotient(shape.num_heads_q, shape.group_size)
-        tile, head_kv, batch = place_in_heads(number, num_tiles, num_heads_kv)
+        tile, head_kv, batch = place_in_turn(
+            number, num_tiles, shape.seqlen_k, num_heads_kv, shape.batch_size
+        )
         start, head = i32(tile * tile_n), i32(head_kv * shape.group_size)
         return Place(start, head, head_kv, batch, i32(0))
 

@@ -10,6 +10,7 @@ from numflash.machine_code.compiler import get_cubin
 from numflash.machine_code.sass import disassemble, opcodes
 from numflash.runtime.devices import architecture
 from tests.support.compilations import CONFIG, LIMITS, TRAITS
+from tests.support.covering import thorough
 from tests.support.fat_binaries import CUBIN, LZ4, fat_binary, library, wheel
 
 FORWARD = NamedKernel("forward", "sm_80", "float16-d64-dv64-vec", "sm80-m64n64w4s1")
@@ -30,6 +31,7 @@ def test_a_kernel_of_a_wheel_is_the_one_that_was_compiled(tmp_path, flags):
     assert opcodes(disassemble(found.code, found.symbol)) == opcodes(disassemble(cubin.code))
 
 
+@thorough
 def test_our_kernel_out_of_a_wheel_has_the_row_of_our_kernel(tmp_path):
     traits, limits = Traits.parse(FORWARD.traits), architecture(FORWARD.arch)
     cubin = get_cubin(parse_config(FORWARD.family, FORWARD.config), traits, limits)

@@ -11,7 +11,7 @@ from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import disassemble, opcodes
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.selection.rules import choose
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 
 S, B, H, I, J = (LEAF[name] for name in "sbhij")
 BIAS = Program((Array("float16", 4, True),), apply("add", S, load(0, "f", [B, H, I, J]))).text
@@ -38,6 +38,7 @@ WHERE = {
 }
 
 
+@thorough
 @pytest.mark.parametrize("where", some(WHERE, "sm80"))
 @pytest.mark.parametrize("family", some(FAMILIES, "backward-scatter"))
 def test_nothing_spills(family, where):

@@ -43,6 +43,7 @@ def test_the_forward_stays_in_registers(arch, asked):
 OF_PREPARES = list(zip(("sm_75", "sm_90a", "sm_120"), PREPARES, strict=True))
 
 
+@thorough
 @pytest.mark.parametrize(("arch", "kernel"), some(OF_PREPARES, OF_PREPARES[0]), ids=str)
 def test_prepare_stays_in_registers(arch, kernel):
     config, traits = parse_config("prepare", kernel[0]), Traits.parse(kernel[1])
@@ -51,6 +52,7 @@ def test_prepare_stays_in_registers(arch, kernel):
     assert report.blocks_per_sm * report.threads >= 256
 
 
+@thorough
 def test_codes_are_copied_16_at_a_time_ahead_of_the_products():
     config, traits = parse_config("forward", "sm80-m64n64w4s1"), Traits.parse(FORWARDS[4][0])
     names = list(opcodes(disassemble(get_cubin(config, traits, architecture("sm_80")).code)))

@@ -65,7 +65,7 @@ def test_what_is_chosen_stays_in_registers_and_multiplies(case):
     assert report.faults == (), f"{config}, {report.registers} registers"
     counts = report.instructions
     by_wgmma = isinstance(config, Sm90Fp8ForwardConfig)
-    assert by_wgmma is (arch == "sm_90a" and "key_scales" not in features)
+    assert by_wgmma is (arch == "sm_90a")
     assert (counts["QGMMA"] > 0) is by_wgmma
     assert (counts["QMMA"] > 0) is (arch in NATIVE)
     assert config.multiplies_codes is (by_wgmma or arch in NATIVE)
@@ -75,7 +75,7 @@ def test_what_is_chosen_stays_in_registers_and_multiplies(case):
 def _hopper_cases():
     """(config, dtype, head_dim, features): what is chosen; in full every candidate."""
     if FULL:
-        features = [PLAIN, {"features": ("softcap",)}, {"features": ("alibi",)}, BENT]
+        features = [PLAIN, {"features": ("softcap",)}, {"features": ("alibi",)}, BENT, KEYS, ALL]
         for head_dim, dtype, feature in itertools.product(
             HEAD_DIMS, ("float16", "bfloat16"), features
         ):
@@ -90,6 +90,9 @@ def _hopper_cases():
         (128, "bfloat16", PLAIN),
         (192, "float16", PLAIN),
         (256, "bfloat16", {"features": ("alibi",)}),
+        (64, "bfloat16", KEYS),
+        (128, "float16", ALL),
+        (256, "float16", KEYS),
     ):
         yield kernel("sm_90a", head_dim, feature, dtype)[0], dtype, head_dim, feature
     few = kernel("sm_90a", 128, PLAIN, rows=64)[0]
@@ -121,6 +124,9 @@ def test_products_of_wgmma_are_as_many_as_there_must_be(case):
     has_tanh = "softcap" in traits.features and dtype == "float16"
     tanh = config.tile_n // 2 if has_tanh else 0
     assert loop.exponentials == config.tile_n // 2 + 2 + tanh
+    # A thread reads the scales of four of its keys at once, and of each three.
+    of_keys = 3 * config.tile_n // 16 if traits.key_scales else 0
+    assert loop.opcodes.get("LDS", 0) == of_keys
 
 
 def products(config: str, arch: str) -> dict[str, int]:

@@ -145,6 +145,7 @@ def test_clusters_cost_the_main_loop_next_to_nothing(head_dim):
     assert "percluster" not in compile_ptx(config, traits, HOPPER)
 
 
+@thorough
 def test_what_the_l2_cache_fetches_is_no_matter_of_machine_code():
     config, traits = chosen(64), Traits("bfloat16", 64, 64)
     fewer = replace(config, l2_bytes=128)

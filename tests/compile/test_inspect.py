@@ -110,6 +110,7 @@ def test_json(capsys, argv, present, absent):
     assert (report["setmaxnreg"], report["main_loop"]) == ({}, None)
 
 
+@thorough
 def test_json_of_hopper(capsys):
     report = json.loads(printed(capsys, *HOPPER, "--json"))
     assert set(report) == KEYS
@@ -162,6 +163,7 @@ FP8_CASES = [
 ]
 
 
+@thorough
 @pytest.mark.parametrize(
     ("argv", "present", "absent"), some(FP8_CASES, FP8_CASES[1]), ids=lambda each: " ".join(each)
 )
@@ -224,6 +226,7 @@ def test_quantize_is_compiled(capsys):
     assert report["registers"] > 0 and report["instructions"]["SHFL"] > 0
 
 
+@thorough
 def test_readable_report(capsys):
     text = printed(capsys, *SMALL, "--causal", "--window", "-1", "0")
     assert text.startswith("forward sm80-m16n16w1s1 on sm_80\n")

@@ -12,7 +12,7 @@ from numflash.runtime.devices import ARCHITECTURES
 from numflash.runtime.views import Pointer
 from numflash.tiles.quantize.conversions import make_encode
 from tests.support.compilations import kept
-from tests.support.covering import FULL
+from tests.support.covering import FULL, thorough
 from tests.support.instruction_cases import CASES
 
 _CASES = [case for cases in CASES.values() for case in cases]
@@ -94,6 +94,7 @@ def _one_kernel_of(cases) -> Kernel:
     return Kernel("instructions", scope["kernel"], cases[0].block, cases[0].smem_bytes)
 
 
+@thorough
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_120"])
 def test_it_assembles_for_newer_gpus(arch):
     """Nearly all instructions in a few kernels."""

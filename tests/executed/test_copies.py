@@ -247,7 +247,7 @@ END:"""
         (
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
             "[%r3], [%rd1], 16, [%r3+8], 3;",
-            "a multicast to the blocks 0b11 of a cluster: it has one",
+            "to the block of rank 1: the cluster of block .* has ranks up to 0",
         ),
         (
             "cp.reduce.async.bulk.global.shared::cta.bulk_group.min.f32 [%rd1], [%r3], 16;",

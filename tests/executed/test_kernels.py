@@ -6,6 +6,7 @@ import pytest
 
 import numflash
 from numflash import masks
+from numflash.problem.fp8 import Fp8Recipe
 from numflash.simulator import SimulationError
 from tests.executed.conftest import normal
 from tests.support.covering import some
@@ -176,6 +177,10 @@ CASES = {
     "program-sm90": ("sm_90a", np.float16, 150, 64, False, {"mask_mod": masks.causal, **BIAS}),
     "fp8-sm89": ("sm_89", np.float16, 70, 64, False, {"precision": "fp8"}),
     "fp8-sm90": ("sm_90a", np.float16, 128, 128, False, {"precision": "fp8"}),
+    "fp8-sm90-keys": (
+        *("sm_90a", np.float16, 140, 64, False),
+        {"precision": "fp8", "fp8": Fp8Recipe("token"), "causal": True},
+    ),
 }
 
 

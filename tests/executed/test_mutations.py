@@ -10,7 +10,6 @@ from numflash.executor.text import PtxError
 from numflash.simulator import SEED, SimulationError
 from tests.executed.conftest import normal
 from tests.support.covering import some, thorough
-from tests.support.faults import of_each_kind
 
 # Scores are large, so that rows' maxima are followed.
 KERNELS = {
@@ -61,7 +60,7 @@ _expected: dict[str, list[bytes]] = {}
 
 @pytest.mark.parametrize(
     "kernel, instruction, where",
-    of_each_kind(DROPPED, lambda row: row[:2], cost=lambda row: 1 + (row[1] == "bar.sync")),
+    DROPPED,
 )
 def test_what_is_missing_is_seen(executed, monkeypatch, kernel, instruction, where):
     pattern = rf"(?<=[\s{{;])(@!?%p\d+\s+)?{re.escape(instruction)}[^;]*;"

@@ -19,6 +19,7 @@ import numflash  # noqa: E402
 import numflash.torch as nt  # noqa: E402
 from numflash.distributed import Layout, local  # noqa: E402
 from numflash.frontends.torch import context_parallel  # noqa: E402
+from tests.support.ranks import on_ranks  # noqa: E402
 
 LARGEST = 2e-6
 """Of the root mean square of an error, relative to that of what is expected, in float32."""
@@ -202,15 +203,10 @@ BAD = {
         TypeError,
         "comm must be a communicator",
     ),
-    "gradient of a bias": (
-        lambda: attend(Q, Q, Q, bias=learned(1, 1, 16, 16)),
+    "gradient of a scale": (
+        lambda: attend(Q, Q, Q, softmax_scale=learned(1)),
         numflash.UnsupportedError,
-        "bias requires a gradient and has none over several ranks",
-    ),
-    "gradient of aux": (
-        lambda: attend(Q, Q, Q, score_mod=lambda s, b, h, i, j, x: s * x[h], aux=(learned(2),)),
-        numflash.UnsupportedError,
-        "aux0 requires a gradient and has none over several ranks",
+        "softmax_scale requires a gradient and has none over several ranks",
     ),
     "meta": (lambda: attend(*[Q.to("meta")] * 3), numflash.UnsupportedError, "no part of a graph"),
     "forward mode": (
@@ -251,6 +247,33 @@ def test_bad_calls(name):
     call, kind, message = BAD[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+def _of_bias_and_aux(attend, x, bias, table):
+    """Gradients of a bias and of a table that score_mod reads, of a loss that `attend` gives."""
+    leaves = [each.clone().requires_grad_() for each in (bias, table)]
+
+    def score_mod(s, b, h, i, j, table):
+        return s + table[h, i] * table[h, j]
+
+    loss = attend(x, bias=leaves[0], score_mod=score_mod, aux=(leaves[1],), causal=True)
+    return torch.autograd.grad(loss.sum(), leaves)
+
+
+def test_shares_of_a_bias_and_of_aux_add_up_to_their_gradients():
+    x, bias, table = torch.randn(1, 8, 2, 8), torch.randn(2, 8, 8), torch.randn(2, 8)
+    expected = _of_bias_and_aux(lambda x, **more: nt.attention(x, x, x, **more), x, bias, table)
+    layout = Layout.zigzag(8, 2)
+
+    def work(comm):
+        def attend(x, **more):
+            return nt.distributed_attention(x, x, x, layout=layout, comm=comm, **more)
+
+        return _of_bias_and_aux(attend, layout.shard(x, comm.rank), bias, table)
+
+    for shares, x in zip(zip(*on_ranks(2, work), strict=True), expected, strict=True):
+        torch.testing.assert_close(shares[0], shares[1], rtol=0, atol=0)
+        torch.testing.assert_close(sum(shares), x)
 
 
 def test_a_second_derivative_is_refused():

@@ -8,7 +8,7 @@ import pytest
 from numflash.calls import ready
 from numflash.runtime.driver import limits_of_device
 from tests.support.covering import ALL, some
-from tests.support.faults import Early, events, load, mutations, of_each_kind, source_of
+from tests.support.faults import Early, events, load, mutations, source_of
 from tests.support.gradient_problems import GradientProblem as Problem
 from tests.support.gradient_problems import first_failure
 
@@ -140,7 +140,6 @@ def faults_of_events() -> list:
         for fault in events(SOURCES[part], r"([QKV]|DO|ROWS)\.release", Early):
             if (fault.function, fault.called, fault.n) not in NEVER_TOO_EARLY:
                 found.append((part, fault, "early"))
-    found = of_each_kind(found, lambda row: (row[1].kind, row[0]))
     return [
         pytest.param(part, fault, _problems_of(part, fault), id=f"{part}: {how} {fault}")
         for part, fault, how in found
@@ -194,7 +193,7 @@ def ideas() -> list:
     parts = {part.rpartition("/")[2]: part for part in CHAIN}
     return [
         pytest.param(parts[part], mutation, (problem,), id=f"{part}: {mutation}")
-        for part, problem, mutation in of_each_kind(mutations(IDEAS), lambda row: row[:2])
+        for part, problem, mutation in mutations(IDEAS)
     ]
 
 

@@ -15,7 +15,7 @@ from numflash.calls import ready
 from numflash.simulator import SimulationError
 from numflash.simulator.errors import DeadlockError
 from tests.support.covering import some
-from tests.support.faults import load, mutations, of_each_kind
+from tests.support.faults import load, mutations
 from tests.support.varlen_cases import VarlenCase
 
 CHAIN = (
@@ -113,7 +113,7 @@ def faults() -> list:
     """(module, mutation, problem) of FAULTS."""
     return [
         pytest.param(MODULES[part], mutation, problem, id=f"{part}: {mutation}")
-        for part, problem, mutation in of_each_kind(mutations(FAULTS), lambda row: row[:1])
+        for part, problem, mutation in mutations(FAULTS)
     ]
 
 

@@ -12,7 +12,7 @@ import numflash
 from numflash.calls import ready
 from numflash.simulator.errors import DeadlockError, SimulationError
 from tests.support.covering import ALL, some
-from tests.support.faults import Early, Mutation, events, load, mutations, of_each_kind, source_of
+from tests.support.faults import Early, Mutation, events, load, mutations, source_of
 from tests.support.gradient_problems import GradientProblem, first_failure
 
 CHAIN = (
@@ -54,8 +54,6 @@ _SYNCHRONISATION = (
     r"((OWNED|Q|DO|ROWS|DQ)\.)?(claim|expect|filled|wait|release)|wait_for_\w+|fence_\w+"
     r"|mbarrier_arrive|bar_sync|cp_async_bulk_(commit|wait)_\w+|st_release_\w+"
 )
-# How much longer their kernel runs than others'.
-DEAR_PROBLEMS = {"columns": 4, "rows": 3, "sequences": 4}
 # What takes many seeds to show, and `test_broken_hopper_kernels` shows of other copies.
 DEAR = "cp_async_bulk_wait_group_read", "DQ.claim"
 # Releases that come a statement too early and do no harm, in any order of threads.
@@ -100,7 +98,6 @@ def faults_of_events() -> list:
     for fault in events(SOURCE, r"(Q|DO|ROWS)\.release|mbarrier_arrive|st_release_\w+", Early):
         if (fault.function, fault.called, fault.n) not in NEVER_TOO_EARLY | NOT_NEEDED:
             found.append((fault, "early"))
-    found = of_each_kind(found, lambda row: (row[0].kind,))
     problems = "turns", "first"
     return [pytest.param(fault, problems, id=f"{how} {fault}") for fault, how in found]
 
@@ -156,9 +153,7 @@ def ideas() -> list:
     parts = {part.rpartition("/")[2]: part for part in CHAIN}
     return [
         pytest.param(parts[part], mutation, (problem,), id=f"{part}: {mutation}")
-        for part, problem, mutation in of_each_kind(
-            mutations(IDEAS), lambda row: row[:1], 1, lambda row: DEAR_PROBLEMS.get(row[1], 1)
-        )
+        for part, problem, mutation in mutations(IDEAS)
     ]
 
 
@@ -263,11 +258,7 @@ def ideas_of_lists() -> list:
     parts = {part.rpartition("/")[2]: part for part in LISTED}
     return [
         pytest.param(parts[part], mutation, problem, id=f"{part}: {mutation}")
-        for part, problem, mutation in of_each_kind(
-            mutations(IDEAS_OF_LISTS),
-            lambda row: row[:1],
-            cost=lambda row: DEAR_PROBLEMS.get(row[1], 1),
-        )
+        for part, problem, mutation in mutations(IDEAS_OF_LISTS)
     ]
 
 

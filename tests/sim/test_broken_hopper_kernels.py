@@ -19,7 +19,6 @@ from numflash.kernels.wgmma import forward
 from numflash.runtime.driver import limits_of_device
 from numflash.simulator import SEED, warpgroup
 from numflash.simulator.errors import DeadlockError, SimulationError
-from tests.support.covering import ALL as EVERY_FAULT
 from tests.support.covering import some
 from tests.support.faults import (
     Dropped,
@@ -30,7 +29,6 @@ from tests.support.faults import (
     events,
     load,
     mutations,
-    of_each_kind,
     source_of,
 )
 
@@ -249,12 +247,6 @@ def faults_of_events() -> list:
                 found.append((part, fault, "early"))
     found.append(("kernels/wgmma/forward", Dropped("make_attend.attend", "scale_rows"), "no"))
     found.append(("kernels/wgmma/forward", Twice("make_attend.attend", "scale_rows"), "twice"))
-    # With "bypassed" alone few of many orders show one.
-    found = of_each_kind(
-        found,
-        lambda row: (row[1].kind, row[0]),
-        cost=lambda row: 9 if _problems_for(*row[:2]) == ("bypassed",) else 1,
-    )
     return [
         pytest.param(part, fault, _problems_for(part, fault), id=f"{part}: {how} {fault}")
         for part, fault, how in found
@@ -441,11 +433,9 @@ def ideas() -> list:
     """(part, mutation, problems) of IDEAS."""
     parts = {part.rpartition("/")[2]: part for part in CHAIN if part.split("/")[1] == "wgmma"}
     parts |= {"rows": "tiles/mma/softmax", "row_ends": "tiles/rows", "blocks": "tiles/blocks"}
-    # "split" takes many orders, and shows too few arrivals, which "persistent" does, too.
-    rows = [row for row in mutations(IDEAS) if EVERY_FAULT or row[1] != "split"]
     return [
         pytest.param(parts[part], mutation, (problem,), id=f"{part}: {mutation}")
-        for part, problem, mutation in of_each_kind(rows, lambda row: row[:2])
+        for part, problem, mutation in mutations(IDEAS)
     ]
 
 

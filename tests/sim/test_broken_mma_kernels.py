@@ -21,7 +21,6 @@ from tests.support.faults import (
     attempts,
     events,
     load,
-    of_each_kind,
     source_of,
 )
 from tests.support.gradient_problems import GRADIENTS
@@ -104,7 +103,6 @@ def synchronisations() -> list:
         for family in CONFIGS
         for fault in events(source_of(module_of(family)), r"cuda\.syncthreads|wait_for_tile")
     ]
-    found = of_each_kind(found, lambda row: (row[0], row[1].kind), together=2)
     return [pytest.param(*row, id=f"{row[0]} without {row[1]}") for row in found]
 
 
@@ -231,7 +229,7 @@ _WITHOUT_TILES = [(f, c) for f, (_, configs, _) in WITHOUT_TILES.items() for c i
 
 @pytest.mark.parametrize(
     ("family", "config"),
-    of_each_kind(_WITHOUT_TILES, lambda row: (row[0],)),
+    _WITHOUT_TILES,
 )
 def test_what_no_tile_needs_is_not_copied(family, config, monkeypatch, record_property):
     """Nobody waits for such a copy, and what comes next may copy to the same bytes."""

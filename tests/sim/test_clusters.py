@@ -1,4 +1,4 @@
-"""Clusters in the simulator: blocks that meet, and reach each other's shared memory."""
+"""Clusters in the simulator: blocks that meet, and reach each other's mbarriers."""
 
 import re
 
@@ -6,16 +6,10 @@ import numpy as np
 import pytest
 
 from numflash.ptx import (
-    EVICT_NORMAL,
     barrier_cluster_arrive,
     barrier_cluster_wait,
-    cp_async_bulk_tensor_4d,
-    cp_async_bulk_tensor_4d_multicast,
     cuda,
     f32,
-    fence_mbarrier_init,
-    fence_proxy_async,
-    ld_acquire_gpu_u32,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
     mbarrier_arrive_remote,
@@ -24,92 +18,37 @@ from numflash.ptx import (
     mov_cluster_ctarank,
     mov_clusterid_x,
     mov_nclusterid_x,
-    st_release_gpu_u32,
-    st_shared_u32,
-    u16,
     u32,
     u64,
 )
 from numflash.simulator import (
     SEED,
     DeadlockError,
-    GlobalPointer,
     SimulatedTensorMap,
     SimulationError,
     launch,
 )
 from tests.support.bulk_copy_cases import BULK_COPY_CASES
+from tests.support.cluster_calls import (
+    SEEDS,
+    begin,
+    errors,
+    pointer,
+    refused,
+    run,
+    sync_cluster,
+)
 from tests.support.cluster_cases import CLUSTER_CASES, MULTICAST_TILES
 from tests.support.cluster_kernels import (
     BLOCKS,
     FAULTS,
-    HALF_BYTES,
     SMEM_BYTES,
     THREADS,
     layout,
     make_ring,
     rows_of,
 )
-from tests.support.covering import ALL
 from tests.support.instruction_harness import run_simulated
-
-SEEDS = range(24 if ALL else 8)
-POISON = 0xFFFFFFFF
-
-
-def pointer(x):
-    return GlobalPointer(x, x.dtype)
-
-
-def tensor():
-    """Rows, and their map: a tile is eight rows of 32 words."""
-    rows = rows_of(1)
-    return rows.reshape(-1, 32), SimulatedTensorMap(rows.view(np.float16), layout(1))
-
-
-def run(kernel, *args, blocks=2, clusters=1, threads=32):
-    launch(kernel, blocks * clusters, threads, args, SMEM_BYTES, cluster=blocks)
-
-
-def errors(kernel, *args, seeds=SEEDS, **options):
-    """The texts of the errors of several orders; "" for none."""
-    found = []
-    for SEED.value in seeds:
-        try:
-            run(kernel, *args, **options)
-            found.append("")
-        except (SimulationError, DeadlockError) as error:
-            found.append(f"{type(error).__name__}: {error}")
-    return found
-
-
-def refused(kernel, message, *args, **options):
-    for found in errors(kernel, *args, **options):
-        assert re.search(message, found), found
-
-
-def sync_cluster():
-    barrier_cluster_arrive()
-    barrier_cluster_wait()
-
-
-def begin(count=1, fence=True):
-    """The cluster's blocks each with shared memory and an mbarrier, which all know of."""
-    smem, barriers = cuda.shared.array(0, u32), cuda.shared.array(1, u64)
-    if cuda.threadIdx.x == 0:
-        mbarrier_init(barriers, 0, count)
-        if fence:
-            fence_mbarrier_init()
-    sync_cluster()
-    return smem, barriers
-
-
-def multicast(smem, barriers, map, blocks=3, row=0, word=0):
-    place = 0, row, 0, 0
-    cp_async_bulk_tensor_4d_multicast(
-        smem, word, map, barriers, 0, EVICT_NORMAL, u16(blocks), *place
-    )
-
 
 # What the instructions of one block give
 
@@ -293,7 +232,7 @@ def test_a_deadlock_names_who_waits_in_each_block():
         assert "lacks 1 of 1 arrivals" in first and "threads 3 wait at" in first
         came = "barrier_cluster_wait: 63 of 64 threads of the cluster came"
         assert came in first and came in second
-        assert "threads 0-31 wait at" in second and text.count("test_clusters.py") == 3
+        assert "threads 0-31 wait at" in second and text.count(".py:") == 3
 
 
 def test_the_barrier_makes_global_memory_visible(each_seed):
@@ -372,198 +311,3 @@ def test_a_remote_arrival_needs_its_mbarrier():
     refused(another_address, r"of block \(1, 0, 0\) is used as an mbarrier, but mbarrier_init")
     refused(too_often, "one arrival more than its count")
     assert any("has ended: a cluster barrier before" in text for text in errors(ended))
-
-
-# Copies to several blocks
-
-
-def test_a_tile_arrives_in_each_block_at_a_time_of_its_own():
-    def kernel(map, seen):
-        smem, barriers = begin()
-        if cuda.threadIdx.x == 0 and mov_cluster_ctarank() == 1:
-            multicast(smem, barriers, map)
-        sync_cluster()
-        if cuda.threadIdx.x == 0:
-            seen[cuda.blockIdx.x] = int(smem[5])
-            mbarrier_arrive_expect_tx(barriers, 0, HALF_BYTES)
-            mbarrier_wait_parity(barriers, 0, 0)
-            assert smem[5] == rows[0, 5]
-        sync_cluster()
-
-    (rows, map), found = tensor(), set()
-    for SEED.value in range(24):
-        run(kernel, map, seen := {})
-        found.add((seen[0], seen[1]))
-    there = int(rows[0, 5])
-    assert found == {(a, b) for a in (POISON, there) for b in (POISON, there)}
-
-
-def test_bytes_may_arrive_before_a_block_announces_them_and_end_nothing(each_seed):
-    def kernel(map):
-        smem, barriers = begin(count=2)
-        t, rank = cuda.threadIdx.x, int(mov_cluster_ctarank())
-        if rank == 0 and t == 0:
-            for half in range(2):
-                multicast(smem, barriers, map, row=8 * half, word=256 * half)
-        if t == 1:
-            mbarrier_arrive(barriers, 0)
-        sync_cluster()
-        if t == 2:
-            for _ in range(8):
-                mbarrier_wait_parity(barriers, 0, 1)  # has not ended
-            mbarrier_arrive_expect_tx(barriers, 0, 2 * HALF_BYTES)
-        mbarrier_wait_parity(barriers, 0, 0)
-        assert smem[t] == rows[0, t] and smem[256 + t] == rows[8, t]
-        sync_cluster()
-
-    rows, map = tensor()
-    run(kernel, map)
-
-
-def test_bytes_that_nobody_announces_end_nothing():
-    def kernel(map):
-        smem, barriers = begin()
-        t, rank = cuda.threadIdx.x, int(mov_cluster_ctarank())
-        if rank == 1 and t == 0:
-            multicast(smem, barriers, map, blocks=0b01)
-        sync_cluster()
-        if rank == 0:
-            if t == 0:
-                mbarrier_arrive(barriers, 0)
-            mbarrier_wait_parity(barriers, 0, 0)
-        sync_cluster()
-
-    found = errors(kernel, tensor()[1])
-    assert all(re.search("lacks 0 of 1 arrivals and -1024 bytes|ended", text) for text in found)
-    assert {text.split(":")[0] for text in found} == {"DeadlockError", "SimulationError"}
-
-
-def test_only_the_blocks_of_the_mask_get_a_tile(each_seed):
-    def kernel(map, seen):
-        smem, barriers = begin()
-        t, rank = cuda.threadIdx.x, int(mov_cluster_ctarank())
-        if rank == 1 and t == 0:
-            multicast(smem, barriers, map, blocks=0b101)
-        if rank != 1:
-            if t == 0:
-                mbarrier_arrive_expect_tx(barriers, 0, HALF_BYTES)
-            mbarrier_wait_parity(barriers, 0, 0)
-        seen.append((rank, int(smem[t])))
-        sync_cluster()
-
-    rows, map = tensor()
-    run(kernel, map, seen := [], blocks=3)
-    assert {x for rank, x in seen if rank == 1} == {POISON}
-    assert sorted(x for rank, x in seen if rank == 0) == sorted(rows[0])
-
-
-def test_a_mask_names_blocks_of_the_cluster():
-    def kernel(map, blocks):
-        smem, barriers = begin()
-        multicast(smem, barriers, map, blocks)
-
-    refused(kernel, "to no block: its mask is 0", tensor()[1], 0)
-    refused(kernel, "rank 2: the cluster .* ranks up to 1", tensor()[1], 0b111)
-    refused(kernel, "rank 1: the cluster .* ranks up to 0", tensor()[1], 0b11, blocks=1)
-
-
-def test_each_block_s_mbarrier_is_one_that_copies_see():
-    def kernel(map):
-        smem, barriers = begin(fence=int(mov_cluster_ctarank()) == 0)
-        if mov_cluster_ctarank() == 0 and cuda.threadIdx.x == 0:
-            multicast(smem, barriers, map)
-
-    refused(kernel, "without a fence_mbarrier_init|has ended", tensor()[1])
-
-
-@pytest.mark.parametrize("fence", ["none", "writer", "issuer", "thread 0"])
-def test_a_copy_does_not_overtake_another_block_s_stores(fence):
-    """Only the writer's fence helps: the thread that copies, 0, is in another block."""
-
-    def kernel(map):
-        smem, barriers = begin()
-        t, rank = cuda.threadIdx.x, int(mov_cluster_ctarank())
-        if rank == 1:
-            st_shared_u32(smem, t, u32(1))
-            if fence == "writer":
-                fence_proxy_async()
-            cuda.syncthreads()
-            if fence == "thread 0" and t == 0:
-                fence_proxy_async()
-        sync_cluster()
-        if rank == 0 and t == 0:
-            if fence == "issuer":
-                fence_proxy_async()
-            multicast(smem, barriers, map)
-        if t == 0:
-            mbarrier_arrive_expect_tx(barriers, 0, HALF_BYTES)
-        mbarrier_wait_parity(barriers, 0, 0)
-        sync_cluster()
-
-    if fence == "writer":
-        assert set(errors(kernel, tensor()[1])) == {""}
-    else:
-        refused(kernel, "touches what thread .* stored to shared memory without", tensor()[1])
-
-
-def test_copies_of_two_blocks_do_not_write_the_same_bytes():
-    def kernel(map):
-        smem, barriers = begin()
-        if cuda.threadIdx.x == 0:
-            multicast(smem, barriers, map)
-            mbarrier_arrive_expect_tx(barriers, 0, 2 * HALF_BYTES)
-        mbarrier_wait_parity(barriers, 0, 0)
-        sync_cluster()
-
-    assert any("a bulk copy is still under way" in text for text in errors(kernel, tensor()[1]))
-
-
-def test_a_block_s_own_copy_does_not_meet_another_s():
-    def kernel(map):
-        smem, barriers = begin()
-        if cuda.threadIdx.x == 0:
-            mbarrier_arrive_expect_tx(barriers, 0, HALF_BYTES * (1 + int(cuda.blockIdx.x)))
-            if cuda.blockIdx.x == 0:
-                multicast(smem, barriers, map)
-            else:
-                cp_async_bulk_tensor_4d(smem, 0, map, barriers, 0, EVICT_NORMAL, 0, 0, 0, 0)
-        mbarrier_wait_parity(barriers, 0, 0)
-        sync_cluster()
-
-    assert any("a bulk copy is still under way" in text for text in errors(kernel, tensor()[1]))
-
-
-def test_a_block_does_not_end_while_another_copies_into_it():
-    def kernel(map):
-        smem, barriers = begin()
-        if mov_cluster_ctarank() == 0:
-            if cuda.threadIdx.x == 0:
-                multicast(smem, barriers, map)
-                mbarrier_arrive_expect_tx(barriers, 0, HALF_BYTES)
-            mbarrier_wait_parity(barriers, 0, 0)
-
-    refused(
-        *(kernel, r"block \(1, 0, 0\).*( has ended|ended (with a bulk load|and nobody))"),
-        tensor()[1],
-    )
-
-
-def test_a_block_that_waits_for_a_copy_is_not_held_up_by_one_that_looks_at_memory():
-    def kernel(map, turn):
-        smem, barriers = begin()
-        t, rank = cuda.threadIdx.x, int(mov_cluster_ctarank())
-        if t == 0:
-            mbarrier_arrive_expect_tx(barriers, 0, HALF_BYTES)
-            if rank == 1:
-                multicast(smem, barriers, map)
-                while ld_acquire_gpu_u32(turn, 0) != u32(1):
-                    pass
-        if rank == 0:
-            mbarrier_wait_parity(barriers, 0, 0)
-            if t == 0:
-                st_release_gpu_u32(turn, 0, u32(1))
-        mbarrier_wait_parity(barriers, 0, 0)
-        sync_cluster()
-
-    for SEED.value in range(12):
-        run(kernel, tensor()[1], pointer(np.zeros(1, np.uint32)))

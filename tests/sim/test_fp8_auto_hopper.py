@@ -1,4 +1,4 @@
-"""precision="auto" where wgmma multiplies the heads of both precisions, and where it does some."""
+"""precision="auto" where wgmma multiplies the heads of both precisions."""
 
 import numpy as np
 import pytest
@@ -12,9 +12,9 @@ from tests.sim.test_fp8_auto import by_head
 from tests.support.covering import some
 
 RECIPES = {
-    # Of the kernels for 8 bits, the one that the scales let run.
-    "wgmma-fp8": numflash.Fp8Recipe(hadamard=False),
-    "mma-fp8": numflash.Fp8Recipe("token", hadamard=False),
+    "tiles": numflash.Fp8Recipe(hadamard=False),
+    # Warps that fetch scales must pass over the other kernel's heads, too.
+    "keys": numflash.Fp8Recipe("token", hadamard=False),
 }
 # Rows in each of two tiles, and in one.
 SIZES = ((1, 150, 140), (2, 40, 70))
@@ -45,14 +45,15 @@ def arrays(batch, seqlen_q, seqlen_k):
 
 @pytest.mark.usefixtures("shipped_kernels")
 @pytest.mark.parametrize(
-    ("kernel", "sizes"),
-    some([(kernel, sizes) for kernel in RECIPES for sizes in SIZES], ("wgmma-fp8", SIZES[0])),
+    ("scales", "sizes"),
+    some([(scales, sizes) for scales in RECIPES for sizes in SIZES], ("tiles", SIZES[0])),
 )
-def test_each_head_is_that_of_its_precision(kernel, sizes):
+def test_each_head_is_that_of_its_precision(scales, sizes):
     q, k, v = arrays(*sizes)
-    options = {"causal": True, "fp8": RECIPES[kernel]}
+    options = {"causal": True, "fp8": RECIPES[scales]}
     chosen = numflash.explain_dispatch(q, k, v, precision="auto", **options)
-    assert chosen.forward.implementation.name == kernel
+    assert chosen.forward.implementation.name == "wgmma-fp8"
+    assert chosen.forward.traits.key_scales == (scales == "keys")
     assert chosen.in_16_bits.implementation.name == "wgmma"
     out, decision = numflash.attention(q, k, v, precision="auto", return_decision=True, **options)
     in_fp8 = np.array(decision.in_fp8, bool)
@@ -76,5 +77,5 @@ def test_in_8_bits_heads_for_16_bits_are_passed_over(monkeypatch):
     out = np.full_like(q, np.nan)
     with monkeypatch.context() as patch:
         patch.setattr(fp8_calls, "kernels_of", in_8_bits_only)
-        numflash.plan(q, k, v, out=out, precision="auto", fp8=RECIPES["wgmma-fp8"]).launch()
+        numflash.plan(q, k, v, out=out, precision="auto", fp8=RECIPES["tiles"]).launch()
     assert np.isnan(by_head(out)).all((2, 3, 4)).tolist() == [[False, True]]

@@ -17,7 +17,6 @@ from numflash.kernels.wgmma import fp8_forward
 from numflash.problem.fp8 import Fp8Recipe
 from numflash.runtime import driver
 from numflash.runtime.driver import limits_of_device
-from numflash.runtime.errors import UnsupportedError
 from numflash.selection import choice as selection
 from numflash.simulator import SEED, warpgroup
 from tests.sim.test_broken_kernels import first_failure
@@ -35,7 +34,7 @@ from tests.sim.test_fp8_attention import (
 )
 from tests.support.attention_cases import SIM_CASES, AttentionCase, is_of_masks, on_fp8
 from tests.support.covering import FULL, some, thorough
-from tests.support.faults import Early, events, load, mutations, of_each_kind, source_of
+from tests.support.faults import Early, events, load, mutations, source_of
 
 KERNEL, TILES = "numflash.kernels.wgmma.fp8_forward", "numflash.tiles.wgmma"
 SMALL = (
@@ -179,24 +178,6 @@ def test_by_itself_a_hopper_takes_it(sort):
 
 
 @thorough
-@pytest.mark.usefixtures("shipped_kernels")
-@pytest.mark.parametrize(
-    "recipe", some([Fp8Recipe("token"), Fp8Recipe("block", 32)], Fp8Recipe("token"))
-)
-def test_scales_within_a_tile_are_left_to_the_other_kernel(recipe):
-    case = AttentionCase("tokens", (1, 70, 100, 1, 1, 64, 64), "float16")
-    call = make_call(case, "16-bit", 0, recipes=(recipe,))
-    everything = {**call.arguments, **call.options}
-    explanation = numflash.explain_dispatch(**everything)
-    assert str(explanation.forward.config).startswith("fp8-sm89")
-    assert "not fp8-sm90: scales of K or V change within a tile" in str(explanation)
-    out, lse = numflash.attention(**everything, return_lse=True)
-    assert differences(out, lse, call, explanation.forward.config.tile_n) == []
-    with pytest.raises(UnsupportedError, match="scales of K or V change within a tile"):
-        run(call, SMALL[0])
-
-
-@thorough
 def test_codes_that_lie_apart_are_read_where_they_lie():
     """Slices along every axis, and heads before tokens."""
     case = AttentionCase("apart", (2, 70, 140, 2, 2, 64, 64), options={"layout": "bhsd"})
@@ -323,15 +304,14 @@ def faults() -> list:
     """
     source, found = source_of(KERNEL), []
     called = r"[KV]\.(wait|release)|wait_for_\w+|pass_turn|scale_rows"
-    missing = of_each_kind(events(source, called), lambda fault: (fault.kind, fault.function))
-    for fault in missing:
+    for fault in events(source, called):
         in_parts = fault.function == "make_attend.add_tile"
         config = WIDE if in_parts else SHOWN_BY.get((fault.called, fault.n), OVERLAP)
         found.append(pytest.param(KERNEL, config, fault, id=f"no {fault}"))
     early = Early("make_attend.attend", "V.release", 1)
     found.append(pytest.param(KERNEL, OVERLAP, early, id=f"early {early}"))
     configs = {"PLAIN": PLAIN, "OVERLAP": OVERLAP, "WIDE": WIDE, "TURNING": TURNING}
-    for module, config, mutation in of_each_kind(mutations(IDEAS), lambda row: row[:2]):
+    for module, config, mutation in mutations(IDEAS):
         name = KERNEL if module == "fp8_forward" else f"{TILES}.{module}"
         found.append(pytest.param(name, configs[config], mutation, id=str(mutation)))
     return found

@@ -126,6 +126,13 @@ RUNS = {
         more=fp8("block", 64),
         arch="sm_90a",
     ),
+    "fp8-sm90-key-scales": Run(
+        "float16",
+        "fp8-sm90-m64n128w4s2-overlap",
+        head_dim=32,
+        more=fp8("token"),
+        arch="sm_90a",
+    ),
 }
 # The softmax of each: what one of these does with a number, the others of its kind do.
 SOFTMAXES = {

@@ -16,6 +16,7 @@ from numflash.configs import WARPGROUP_ROWS, Traits, parse_config
 from numflash.kernels.wgmma import backward
 from numflash.kernels.wgmma.gradient_ring import channels_of
 from numflash.kernels.wgmma.ring import make_ring
+from numflash.problem.fp8 import Fp8Recipe
 from numflash.runtime import driver
 from numflash.selection import choice as selection
 from numflash.simulator import warpgroup
@@ -55,21 +56,28 @@ def kernel_of(config, traits) -> Kernel:
     """What numbers mean in the forward."""
     ring, groups = make_ring(config, traits), config.num_warpgroups
     buffers = {"q": groups, "k": config.num_stages, "v": config.stages_of_v}
+    channels = {name: (getattr(ring, name), buffers[name.lower()]) for name in "QKV"}
+    roles = {4 * group: f"WG {group}" for group in range(groups)} | {4 * groups: "producer"}
+    if traits.key_scales:
+        channels["SCALES"] = ring.SCALES, config.num_stages
+        roles[4 * groups + 1] = "scales"
     return Kernel(
         "forward",
-        channels={name: (getattr(ring, name), buffers[name.lower()]) for name in "QKV"},
+        channels=channels,
         barriers={1 + group: f"turn {group}" for group in range(groups)},
         memory=Memory(config.smem_offsets(traits), config.tiles(traits), buffers),
-        roles={4 * group: f"WG {group}" for group in range(groups)} | {4 * groups: "producer"},
+        roles=roles,
     )
 
 
-def run_forward(config, head_dim, seqlen_q, seqlen_k, causal):
+def run_forward(config, head_dim, seqlen_q, seqlen_k, causal, key_scales):
     rng = np.random.default_rng(0)
     q = rng.standard_normal((1, seqlen_q, 1, head_dim)).astype(np.float16)
     k, v = (rng.standard_normal((1, seqlen_k, 1, head_dim)).astype(np.float16) for _ in "kv")
     precision = "fp8" if config.operand_bytes == 1 else None
-    numflash.attention(q, k, v, causal=causal, precision=precision, config=str(config))
+    recipe = Fp8Recipe("token") if key_scales else None
+    options = {"causal": causal, "precision": precision, "fp8": recipe}
+    numflash.attention(q, k, v, config=str(config), **options)
 
 
 FORWARDS = {
@@ -87,17 +95,21 @@ FORWARDS = {
     "8 bits": ("fp8-sm90-m64n128w4s2-overlap", 64, 64, 300, False),
     "8 bits, two tiles a stage": ("fp8-sm90-m128n64w8s2-pingpong", 64, 128, 300, True),
     "8 bits, in parts": ("fp8-sm90-m64n128w4s1", 192, 64, 200, False),
+    "scales of keys": ("fp8-sm90-m128n128w8s2-overlap-pingpong-persistent", 64, 140, 300, True),
+    "scales of keys, two tiles a stage": ("fp8-sm90-m64n64w4s1", 64, 64, 300, False),
 }
 
 
 def of_forward(case, monkeypatch) -> str | None:
     """How the forward's roles differ from its program; None if they do not."""
     text, head_dim, seqlen_q, seqlen_k, causal = case
+    key_scales = case in (x for name, x in FORWARDS.items() if name.startswith("scales"))
     config = parse_config("forward", text)
-    traits = Traits("float16", head_dim, head_dim, fp8=text.startswith("fp8"))
+    is_fp8 = text.startswith("fp8")
+    traits = Traits("float16", head_dim, head_dim, fp8=is_fp8, key_scales=key_scales)
     heard = record(monkeypatch, kernel_of(config, traits))
     monkeypatch.setattr(warpgroup, "WARPS_APART", config.arrivals == 4)
-    run_forward(config, head_dim, seqlen_q, seqlen_k, causal)
+    run_forward(config, head_dim, seqlen_q, seqlen_k, causal, key_scales)
     walks = walks_of(config, seqlen_q, seqlen_k, causal)
     if causal:
         # The longest walks begin first.

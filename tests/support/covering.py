@@ -2,7 +2,7 @@
 
 | run | which |
 |---|---|
-| `make test` | of each table some cases, and of faults one of each kind (`faults.of_each_kind`) |
+| `make test` | of each table two cases, of faults in kernels one: they test the tests |
 | NUMFLASH_TEST_ALL=1, as CI does | all tests, covering sets; simulated ones to 20 rows: an hour |
 | NUMFLASH_TEST_FULL=1 | whole tables: hours |
 
@@ -118,27 +118,31 @@ def each_choice(items: Iterable) -> list:
     return [item for item in items if id(item) in kept]
 
 
-def thinned(items: Iterable, most: int = 4) -> list:
+def thinned(items: Iterable, most: int = 2, most_faults: int | None = 1) -> list:
     """Of collected tests at most so many of each function, spread evenly, in their order.
 
-    A module that puts faults into kernels keeps all: their rows are chosen by kind. So do tests
-    that are marked `whole`.
+    Tests that are marked `whole` keep all.
+
+    Args:
+        items: what was collected.
+        most: of a function.
+        most_faults: of one in a module that puts faults into kernels; None for all.
     """
     items, by_test = list(items), {}
     for item in items:
         by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
     left_out = set()
     for of_test in by_test.values():
-        if len(of_test) > most and not _is_whole(of_test[0]):
-            kept = {len(of_test) * n // most for n in range(most)}
+        limit = most_faults if _breaks_kernels(of_test[0]) else most
+        if of_test[0].get_closest_marker("whole") is None and limit and len(of_test) > limit:
+            kept = {len(of_test) * n // limit for n in range(limit)}
             left_out.update(id(item) for n, item in enumerate(of_test) if n not in kept)
     return [item for item in items if id(item) not in left_out]
 
 
-def _is_whole(item) -> bool:
+def _breaks_kernels(item) -> bool:
     of_faults = "tests.support.faults"
-    breaks = any(getattr(x, "__module__", "") == of_faults for x in vars(item.module).values())
-    return breaks or item.get_closest_marker("whole") is not None
+    return any(getattr(x, "__module__", "") == of_faults for x in vars(item.module).values())
 
 
 def meetings(labels: tuple, together: int = 2) -> set[tuple]:

@@ -18,8 +18,6 @@ from functools import cache
 from types import ModuleType
 from typing import TypeVar
 
-from tests.support.covering import ALL, covering
-
 Row = TypeVar("Row")
 
 
@@ -56,11 +54,6 @@ class Event:
     function: str
     called: str
     n: int = 0
-
-    @property
-    def kind(self) -> str:
-        """What happens to which verb, whatever channel it is of: "Dropped release"."""
-        return f"{type(self).__name__} {self.called.rpartition('.')[2]}"
 
     def apply(self, source: str) -> str:
         """The source with the fault. Raises AssertionError if the event is not there."""
@@ -105,23 +98,6 @@ class Twice(Event):
     def _changed(self, lines, call, earlier):
         again = lines[call.lineno - 1 : call.end_lineno]
         return [*lines[: call.end_lineno], *again, *lines[call.end_lineno :]]
-
-
-def of_each_kind(
-    faults: Iterable[Row],
-    kinds: Callable[[Row], tuple],
-    together: int = 1,
-    cost: Callable[[Row], float] = lambda row: 1.0,
-) -> list[Row]:
-    """All faults where all tests run; elsewhere few that have each kind.
-
-    Args:
-        faults: rows of a table.
-        kinds: what a row is a fault of, along each axis: the `kind` of an event, a module.
-        together: 2 to have each two kinds that meet, too.
-        cost: of running a row, in any unit.
-    """
-    return covering(faults, kinds, together, cost, full=ALL)
 
 
 def attempts(problems: Iterable, seeds: Callable[[object], Iterable[int]]) -> list[tuple]:

@@ -21,9 +21,9 @@ from unittest import mock
 
 from numflash.configs import mma_rules, parse_config
 from numflash.problem.classes import ProblemClass
-from tests.support import published_gradients
+from tests.support import published_fp8, published_gradients
 from tuner import model
-from tuner.model import prediction
+from tuner.model import errors, prediction
 from tuner.space import machines
 from tuner.space.configs import Space
 
@@ -226,6 +226,23 @@ def gradients_of_wgmma() -> list[Point]:
     ]
 
 
+def forward_on_8_bits() -> list[Point]:
+    """Those of `published_fp8`."""
+    found = []
+    for each in published_fp8.PUBLISHED:
+        problem = published_fp8.problem_of(each)
+        found.append(
+            Point(
+                f"{each.who}, {each.gpu}, {problem}",
+                errors.kind(problem, parse_config("forward", each.config)),
+                published_fp8.published_ms(each),
+                published_fp8.predicted_ms(each),
+                False,
+            )
+        )
+    return found
+
+
 def decoding() -> list[Point]:
     """One query a sequence, keys split over the machine; ours by its default config."""
     points = []
@@ -249,4 +266,5 @@ def points() -> list[Point]:
         *gradients(),
         *gradients_of_wgmma(),
         *decoding(),
+        *forward_on_8_bits(),
     ]

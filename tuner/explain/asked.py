@@ -24,7 +24,7 @@ from ..space import machines
 from ..space.machines import Machine
 from ..space.target import local_machine
 
-_MOST_SCORES_IN_TURN = 2**31
+_MOST_SCORES_IN_TURN = 2**41
 
 
 class NotShownError(LookupError):
@@ -213,12 +213,12 @@ def _prediction(
     code: MachineCode | None,
 ) -> Prediction | None:
     """The model's prediction; None where it knows no such kernel, or there is nothing to do."""
-    # The model has no rates for products of 8-bit floats.
-    known = asked.family in (*TILED, *ROW_KERNELS) and not asked.traits.fp8
+    known = asked.family in (*TILED, *ROW_KERNELS)
     if not known or not asked.seqlen_q * asked.seqlen_k * asked.batch_heads:
         return None
-    # The model plays turns of blocks through tile by tile: of such a call for minutes.
-    if asked.family == "backward" and asked.seqlen_q * asked.seqlen_k > _MOST_SCORES_IN_TURN:
+    # Blocks that add to dQ in turn are played through, of more than a million tokens for long.
+    of_a_head = asked.seqlen_q * asked.seqlen_k * asked.group_size
+    if asked.family == "backward" and of_a_head > _MOST_SCORES_IN_TURN:
         return None
     try:
         if resources is None:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 
 from numflash.configs import Config, MmaConfig, Traits, implementation_of
 
+from ..space.machines import Machine
 from .machine_code import Counts, Loop
 
 _WARP = 32
 _VECTOR_BYTES = 16
 _LOAD_BYTES = _WARP * _VECTOR_BYTES
 # Multiply-adds of one instruction.
-_MMA = {"sm80": 16 * 8 * 16, "sm75": 16 * 8 * 8, "tf32": 16 * 8 * 8}
+_MMA = {"sm80": 16 * 8 * 16, "sm75": 16 * 8 * 8, "tf32": 16 * 8 * 8, "e4m3": 16 * 8 * 32}
 # Instructions beside each 16-byte copy to shared memory, for its address and bounds: in the
 # docstring of `kernels.mma.forward`; in the portable kernels, which also convert, by disassembly.
 _COPY_FMA, _COPY_ALU = 2, 5
@@ -26,6 +27,24 @@ _OF_FEATURES = {
     "dropout": Counts(issued=10, fma=2, alu=8),
 }
 _OF_BFLOAT16 = {"softcap": Counts(issued=3, special=1, fma=2)}
+# 8-bit floats: conversions of a product of e4m3 where there is no such instruction; of a row, the
+# unit and the weight of its share; of two scores, P as e4m3 in float16, less the conversion that
+# 16 bits have; of four codes, as float16; of a copy of 16 through registers, its addresses; of a
+# score, the scales of its key. All by disassembly.
+_CONVERSIONS_OF_PRODUCT, _WORDS_OF_A_COPY = 12, 4
+_OF_A_ROW = Counts(fma=8, alu=6, shared=4)
+_OF_A_COPY = Counts(fma=15, alu=13)
+_ROUNDED = {
+    "sm89": Counts(conversions=1),
+    "sm80": Counts(fma=4, alu=4),
+    "sm75": Counts(fma=6, alu=6),
+}
+_DECODED = {
+    "sm89": Counts(conversions=2, alu=1),
+    "sm80": Counts(fma=2, alu=9),
+    "sm75": Counts(fma=2, alu=9),
+}
+_OF_A_KEY = Counts(fma=3, alu=2, shared=0.85, shared_bytes=0.75 * 8 * _WARP)
 # (fma, alu) for the addresses and bounds of a tile, by disassembly.
 _ADDRESSES = {
     "forward": (10, 70),
@@ -72,6 +91,25 @@ def by_formula(config: Config, traits: Traits) -> Work:
     return of_kind(config, traits)
 
 
+def on_machine(machine: Machine, config: Config, traits: Traits) -> Work:
+    """The same on a GPU: where `mma.sync` of e4m3 is no instruction, float16 is multiplied."""
+    work = by_formula(config, traits)
+    tile = work.tile
+    if not tile.multiply_adds_e4m3 or machine.mma_e4m3:
+        return work
+    # A product becomes conversions of its operands and two products.
+    converted = _CONVERSIONS_OF_PRODUCT * tile.matrix
+    tile = replace(
+        tile,
+        issued=tile.issued + converted + tile.matrix,
+        matrix=2 * tile.matrix,
+        multiply_adds=tile.multiply_adds + tile.multiply_adds_e4m3,
+        multiply_adds_e4m3=0,
+        conversions=tile.conversions + converted,
+    )
+    return replace(work, tile=tile)
+
+
 def complete(work: Work, loop: Loop, outside: Counts) -> Work:
     """The same from machine code: `work` tells how often its inner loops turn.
 
@@ -104,7 +142,8 @@ def _turned(tile: Counts, loops: list[Counts], kind: str, wanted: Counts) -> Cou
 
 def _mma(config: MmaConfig, traits: Traits) -> Work:
     """Of a kernel for tensor cores: products by operands, in bytes of shared memory."""
-    size, family = traits.dtype_bytes, config.family
+    size = config.operand_bytes if traits.fp8 else traits.dtype_bytes
+    family, of_codes = config.family, traits.fp8 and config.multiplies_codes
     d, dv, warps = traits.head_dim, traits.head_dim_v, config.num_warps
     rows, columns = 16 * config.m_tiles, config.column_tile
     scores = rows * columns // _WARP
@@ -144,20 +183,23 @@ def _mma(config: MmaConfig, traits: Traits) -> Work:
         extra_global = 2 * config.tile_m * d * 4 // warps
         extra_shared = scores // 2 * 4 * _WARP
     is_tf32 = traits.tf32
-    matrix = multiply_adds // _MMA["tf32" if is_tf32 else config.generation]
-    copied = (column_bytes + (0 if family == "forward" else 8 * columns)) // warps
-    copies = -(-column_bytes // warps // (_LOAD_BYTES if traits.vectorized else _WARP * size))
-    asynchronous = config.generation != "sm75" and traits.vectorized
+    # Codes that become float16 are half as many bytes in global memory.
+    from_global = column_bytes // size if traits.fp8 else column_bytes
+    copied = (from_global + (0 if family == "forward" else 8 * columns)) // warps
+    by_vectors = traits.vectorized or traits.fp8
+    copies = -(-from_global // warps // (_LOAD_BYTES if by_vectors else _WARP * size))
+    asynchronous = of_codes if traits.fp8 else config.generation != "sm75" and traits.vectorized
     statistics = 0 if family in ("forward", "backward-dq") else columns // 4
     shared_loads = loads // _LOAD_BYTES + statistics + extra_shared // (4 * _WARP)
     # A tf32 operand is rounded when it is loaded, and V cannot be loaded transposed.
     rounded = loads // (4 * _WARP) if is_tf32 else 0
     if is_tf32:
         shared_loads += 3 * columns * dv * size // _LOAD_BYTES
+    elements = "tf32" if is_tf32 else "e4m3" if of_codes else _shape_of(config)
+    rate = {"tf32": "multiply_adds_tf32", "e4m3": "multiply_adds_e4m3"}
     tile = Counts(
-        matrix=matrix,
-        multiply_adds=0 if is_tf32 else multiply_adds,
-        multiply_adds_tf32=multiply_adds if is_tf32 else 0,
+        **{rate.get(elements, "multiply_adds"): multiply_adds},
+        matrix=multiply_adds // _MMA[elements],
         special=kinds.special,
         exponentials=kinds.exponentials,
         fma=kinds.fma + _COPY_FMA * copies + rounded,
@@ -174,6 +216,8 @@ def _mma(config: MmaConfig, traits: Traits) -> Work:
         shuffles=shuffles,
         barriers=2 if config.num_stages == 1 or family in ("forward", "backward") else 1,
     )
+    if traits.fp8:
+        tile += _of_8_bits(config, traits, scores, outputs, copies)
     tile = _with_issued(tile, _ADDRESSES[family], copies if asynchronous else 0)
     tile = _with_features(tile, traits, scores)
     blocking = 0.0 if asynchronous else float(phases)
@@ -181,11 +225,36 @@ def _mma(config: MmaConfig, traits: Traits) -> Work:
         tile,
         Counts(issued=_MASK_ALU * scores, alu=_MASK_ALU * scores),
         _once(config, traits, rows, outputs),
-        depth // (8 if is_tf32 else 16),
+        depth // {"tf32": 8, "e4m3": 32}.get(elements, 16),
         products,
         blocking,
         phases,
     )
+
+
+def _shape_of(config: MmaConfig) -> str:
+    """The generation whose products of 16 bits a config has."""
+    return "sm75" if config.generation == "sm75" else "sm80"
+
+
+def _of_8_bits(
+    config: MmaConfig, traits: Traits, scores: int, outputs: int, copies: int
+) -> Counts:
+    """What the forward on 8-bit floats adds to that on 16 bits, for a tile, by disassembly.
+
+    O's share of a tile is added with its weight. Where codes are multiplied as float16, P is
+    rounded to e4m3, and a thread decodes the codes that it copies.
+    """
+    rows = 2 * config.m_tiles
+    added = Counts(special=rows, exponentials=rows, fma=outputs, ffma=outputs, global_loads=2)
+    added = added.plus(_OF_A_ROW, rows)
+    if not config.multiplies_codes:
+        added = added.plus(_ROUNDED[config.generation], scores / 2)
+        added = added.plus(_DECODED[config.generation], _WORDS_OF_A_COPY * copies)
+        # Stores of twice the bytes.
+        added = added.plus(_OF_A_COPY, copies)
+        added += Counts(shared=copies, shared_bytes=_LOAD_BYTES * copies)
+    return added.plus(_OF_A_KEY, scores) if traits.key_scales else added
 
 
 def _portable(config: Config, traits: Traits) -> Work:

@@ -1,7 +1,7 @@
 """The offline model's errors, and the gain that a prediction must have before it counts.
 
 Kernels of others with the same structure have published speeds. A test
-(`tests/host/tuner/test_published.py`) holds the model against 161 of them, and keeps the errors
+(`tests/host/tuner/test_published.py`) holds the model against 202 of them, and keeps the errors
 stated here from being too small. Each is the largest of its kind: the longer of the published and
 the predicted time over the shorter, less 1.
 
@@ -12,6 +12,8 @@ the predicted time over the shorter, less 1.
 | sm80 backward | FlashAttention-2: H100; head_dim 64, 128; for each product | 0 | 12: 34 %, 23 % |
 | sm90 backward | FlashAttention-3, ThunderKittens, cuDNN: H100, H200 | 6 | 46: 14 %, 5 % |
 | sm80 few queries | decoding: A100, H100, H100 PCIe | 3 | 14: 43 %, 11 % |
+| sm90 forward fp8 | FlashAttention-3, cuDNN: H100, H100 PCIe, H200 | 0 | 22: 25 %, 11 % |
+| sm90 short forward fp8 | the same with fewer than 4,096 keys | 0 | 19: 74 %, 17 % |
 
 Fitted were: of FlashAttention-2 without a mask 2,048 and 16,384 tokens on the H100 and 16,384 on
 the A100; of FlashAttention-3 16,384 tokens at head_dim 64 and 256 without a mask and at 256 with a
@@ -33,6 +35,13 @@ Gradients of `mma.sync` are faster than FlashAttention-2's in all 12 points, so 
 flatters them. Nothing is published of portable kernels, tf32, `combine`, `delta`, nor of other
 architectures: predictions for those are taken to be as wrong as the worst that is known. So are
 those for sequences with lengths of their own, whose real lengths nobody knows ahead.
+
+Nothing was fitted to speeds on 8-bit floats. FlashAttention-3 with V transposed ahead, as ours is,
+is 1 % to 9 % slower than predicted at all lengths (pull request 1075, an H100 PCIe), cuDNN on an
+H200 2 % to 17 % faster. The kernel of FlashAttention-3's paper transposes V itself. From 4,224
+tokens on it is within 11 % at head_dim 64 and 128, at 256 up to 25 % slower than predicted; with
+fewer it is slower at every head_dim, at 512 by 24 % to 74 %. So short sequences are a kind of
+their own. On other GPUs, and of products by `mma.sync`, nothing is published.
 """
 
 from numflash.configs import Config
@@ -47,28 +56,40 @@ ERRORS = {
     "sm80 backward": 0.35,
     "sm90 backward": 0.15,
     "sm80 few queries": 0.43,
+    "sm90 forward fp8": 0.26,
+    "sm90 short forward fp8": 0.75,
 }
 """The model's error by kind."""
-UNKNOWN = max(ERRORS.values())
+UNKNOWN = max(error for kind, error in ERRORS.items() if not kind.endswith("fp8"))
 """The error of kernels and GPUs that it was not held against."""
+UNKNOWN_ON_8_BITS = max(ERRORS.values())
+"""Likewise of those on 8-bit floats."""
+_SHORT = 4096
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90a")
 """The architectures of the GPUs that it was held against."""
 
 
 def kind(problem: ProblemClass, config: Config) -> str:
-    """The kind of kernels that share an error: "sm80 forward"; "few queries" for decoding."""
+    """The kind of kernels that share an error: "sm80 forward"; "few queries" for decoding.
+
+    On 8-bit floats those with fewer than 4,096 keys are "short".
+    """
     generation = getattr(config, "generation", "portable")
     family = problem.family
     if family == "forward" and problem.seqlen_q <= PACKED_SEQLEN:
         family = "few queries"
+    if problem.traits.fp8:
+        return f"{generation} {'short ' if problem.seqlen_k < _SHORT else ''}{family} fp8"
     return f"{generation} {'backward' if family.startswith('backward-') else family}"
 
 
 def error(machine: Machine, problem: ProblemClass, config: Config) -> float:
     """The fraction by which a predicted time may be off, in either direction."""
-    if machine.arch not in ARCHITECTURES or problem.traits.tf32 or problem.traits.ragged:
-        return UNKNOWN
-    return ERRORS.get(kind(problem, config), UNKNOWN)
+    traits = problem.traits
+    unknown = UNKNOWN_ON_8_BITS if traits.fp8 else UNKNOWN
+    if machine.arch not in ARCHITECTURES or traits.tf32 or traits.ragged:
+        return unknown
+    return ERRORS.get(kind(problem, config), unknown)
 
 
 def gain_needed(machine: Machine, problem: ProblemClass, config: Config, default: Config) -> float:

@@ -14,11 +14,22 @@ import numpy as np
 from numflash.configs import Config, MmaConfig, Traits, implementation_of
 from numflash.problem.classes import ProblemClass
 from numflash.problem.sequences import HEADER_WORDS, NO_LIMIT, RECORD_WORDS, ListShape
-from numflash.reference.sequences import BEGIN, END, ENTRY, ENTRY_BITS, START, Extents, lists_of
+from numflash.reference.sequences import (
+    BEGIN,
+    END,
+    ENTRY,
+    ENTRY_BITS,
+    START,
+    Extents,
+    Lists,
+    lists_of,
+)
 from numflash.selection.geometry import LEAST_STAGES, PACKED_SEQLEN, heads_of_a_bundle
 from numflash.selection.layout import (
+    TAKE_TURNS,
     Launch,
     Tiling,
+    heads_in_turn,
     order_of,
     owns_keys,
     places,
@@ -79,8 +90,9 @@ class Grid:
         splits: blocks that share one walk of the problem.
         entries: sequences whose walks `walks` holds.
         parts: float32 parts of a row of the result, on average; 0 where all rows are whole.
-        launch: where its blocks work, with no heads in flight; None of a list of tiles, whose
-            heads follow each other tile by tile.
+        launch: where its blocks work, of a forward on tensor cores and of gradients in one kernel
+            with no heads in flight; None of a list of tiles, whose heads follow each other tile by
+            tile.
     """
 
     walks: Walks
@@ -157,11 +169,16 @@ def _laid(
     else:
         tiling = Tiling(queries * packed, keys, row_tile, column_tile, low, high, packed)
         heads, repeats = problem.batch_heads // packed, 1
-    launch = Launch(tiling, order, heads, splits, repeats=repeats)
+    in_flight = 1
+    if order in TAKE_TURNS:
+        in_flight = heads_in_turn(tiling.rows, problem.traits.rows_in_turn)
+    launch = Launch(tiling, order, heads, splits, in_flight, repeats)
     parts = splits if splits > 1 or order == "dealt keys" else 0
     # Both blocks of a tile have as much to do where dK and dV are apart.
     apart = order == "dV and dK apart"
-    walks = _walks(launch._replace(heads=1, order="first keys first" if apart else order))
+    walks = _walks(
+        launch._replace(heads=1, in_flight=1, order="first keys first" if apart else order)
+    )
     return Grid(walks, heads * (1 + apart), packed, splits, parts=parts, launch=launch)
 
 
@@ -181,6 +198,37 @@ def _lay_list(problem: ProblemClass, config: Config) -> Grid:
     return Grid(walks, heads // problem.group_size * apart, 1, 1, entries)
 
 
+def _band_of_list(problem: ProblemClass) -> tuple[int, int]:
+    """`ListShape.lo` and `hi`: those of the last query and the last key of a sequence."""
+    lo = -NO_LIMIT if problem.window is None else 1 - problem.window
+    return lo, NO_LIMIT if problem.mask == "full" else 0
+
+
+def _listed(problem: ProblemClass, shape: ListShape) -> tuple[Lists, np.ndarray]:
+    """The lists of the lengths that a class is measured with, and their records, int64."""
+    lengths = [np.array(x, np.int64) for x in sequences_of(problem)]
+    lists = lists_of(*(Extents(np.cumsum(x) - x, x, False) for x in lengths), shape)
+    return lists, lists.tiles[HEADER_WORDS:].reshape(-1, RECORD_WORDS).astype(np.int64)
+
+
+@lru_cache(maxsize=64)
+def walks_in_turn(
+    problem: ProblemClass, row_tile: int, column_tile: int
+) -> tuple[tuple[int, int], ...]:
+    """(first tile of queries, behind the last) that each block of keys of a list visits.
+
+    In the list's order, in which blocks add to dQ (`ListShape.in_turn`). Tiles of queries are
+    numbered through all sequences, as their sums lie in memory.
+    """
+    shape = ListShape(row_tile, column_tile, 1, True, *_band_of_list(problem), 1, in_turn=True)
+    _, records = _listed(problem, shape)
+    queries = np.array(sequences_of(problem).seqlens_q, np.int64)
+    tiles = -(-queries // column_tile)
+    before = (np.cumsum(tiles) - tiles)[records[:, ENTRY] & (2**ENTRY_BITS - 1)]
+    begin, end = records[:, BEGIN], np.maximum(records[:, BEGIN], records[:, END])
+    return tuple(zip((before + begin).tolist(), (before + end).tolist(), strict=True))
+
+
 @lru_cache(maxsize=1024)
 def _walks_of_list(
     problem: ProblemClass, row_tile: int, column_tile: int, packed: int, shares: int
@@ -190,13 +238,11 @@ def _walks_of_list(
     `shares` are the most records that splits may add; 0 does not split.
     """
     by_keys = problem.family not in ("forward", "backward-dq")
-    lo = -NO_LIMIT if problem.window is None else 1 - problem.window
-    hi = NO_LIMIT if problem.mask == "full" else 0
+    lo, hi = _band_of_list(problem)
     least = LEAST_STAGES if shares else 0
     shape = ListShape(row_tile, column_tile, packed, by_keys, lo, hi, 1, least, shares)
     lengths = [np.array(x, np.int64) for x in sequences_of(problem)]
-    lists = lists_of(*(Extents(np.cumsum(x) - x, x, False) for x in lengths), shape)
-    records = lists.tiles[HEADER_WORDS:].reshape(-1, RECORD_WORDS).astype(np.int64)
+    lists, records = _listed(problem, shape)
     start, begin, end = (records[:, word] for word in (START, BEGIN, END))
     found = np.maximum(0, end - begin)
 
@@ -244,7 +290,7 @@ def heads_in_flight(problem: ProblemClass, grid: Grid, config: MmaConfig, machin
     if not in_flight:
         traits = problem.traits
         columns = traits.head_dim + traits.head_dim_v
-        head_bytes = problem.seqlen_k * columns * traits.dtype_bytes
+        head_bytes = problem.seqlen_k * columns * traits.operand_bytes
         fits = machine.l2_bytes // 2 // head_bytes * problem.group_size // grid.packed
         sharing = problem.group_size // grid.packed
         in_flight = heads_of_a_bundle(config, fits, grid.heads, machine.num_sms, sharing)
@@ -287,9 +333,10 @@ def io_bytes(problem: ProblemClass) -> int:
         seqlens_k = sequences_of(problem).seqlens_k
         keys = problem.batch_heads // problem.group_size * sum(seqlens_k) // len(seqlens_k)
     d, dv, size = traits.head_dim, traits.head_dim_v, traits.dtype_bytes
-    rows, columns = queries * d * size, keys * (d + dv) * size
+    rows, columns = queries * d * size, keys * (d + dv) * traits.operand_bytes
     if problem.family == "forward":
-        return rows + columns + queries * (dv * size + _FLOAT_BYTES)
+        of_q = traits.operand_bytes if traits.fp8 else size
+        return queries * (d * of_q + dv * size + _FLOAT_BYTES) + columns
     statistics = 2 * queries * _FLOAT_BYTES
     if problem.family == "delta":
         return 2 * queries * dv * size + 3 * queries * _FLOAT_BYTES
@@ -300,6 +347,19 @@ def io_bytes(problem: ProblemClass) -> int:
     inputs = rows + queries * dv * size + columns + statistics
     results = {"backward-dq": rows, "backward-dkdv": columns, "backward": rows + columns}
     return inputs + results.get(problem.family, 0)
+
+
+def quantised_bytes(problem: ProblemClass, reads: int = 1) -> int:
+    """Bytes that the kernels move which make the codes of q, k and v, of 16 bits.
+
+    Args:
+        problem: a class on 8-bit floats.
+        reads: passes over each array; two where a scale is shared by more than a block quantises.
+    """
+    queries = problem.batch_heads * problem.seqlen_q * problem.traits.head_dim
+    keys = problem.batch_heads // problem.group_size * problem.seqlen_k
+    elements = queries + keys * (problem.traits.head_dim + problem.traits.head_dim_v)
+    return elements * (reads * problem.traits.dtype_bytes + problem.traits.operand_bytes)
 
 
 def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, l2: int) -> float:
@@ -314,7 +374,7 @@ def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, 
     """
     traits = problem.traits
     least, slots = io_bytes(problem), slots // getattr(config, "cluster", 1)
-    d, size = traits.head_dim + traits.head_dim_v, traits.dtype_bytes
+    d, size = traits.head_dim + traits.head_dim_v, traits.operand_bytes
     by_queries = problem.family in ("forward", "backward-dq")
     walked = problem.seqlen_k if by_queries else problem.seqlen_q * problem.group_size
     head_bytes = walked * d * size

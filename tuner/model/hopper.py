@@ -103,7 +103,8 @@ class Turn:
         products: of the tensor cores, with their wait for operands.
         softmax: from the end of S to the end of P, alone on an SM.
         lockstep: of that, the clocks that each further warpgroup adds if all do it at once.
-        packing: from the end of O += P V to the next one.
+        packing: from the end of O += P V to the next one. On 8-bit floats O's share of a tile is
+            added, too.
         loads: until K, or V, arrives after its buffer is free.
     """
 
@@ -118,15 +119,24 @@ class Turn:
 def by_formula(config: Sm90ForwardConfig, traits: Traits) -> Work:
     """The counts before anything is compiled."""
     scores, outputs = config.tile_n // 2, traits.head_dim_v // 2
-    steps = (traits.head_dim + config.tile_n) // 16
+    multiply_adds = 16 * config.tile_n * (traits.head_dim + traits.head_dim_v)
+    special, added = scores, added_to_o(traits)
+    if traits.fp8:
+        # O's share of a tile comes in parts, and has a weight for each of a thread's two rows.
+        parts = traits.head_dim_v // config.part_columns(traits)
+        steps, special = (traits.head_dim + parts * config.tile_n) // 32, scores + 2
+        products = {"multiply_adds_e4m3": multiply_adds}
+    else:
+        steps, products = (traits.head_dim + config.tile_n) // 16, {"multiply_adds": multiply_adds}
+    issued = _ISSUED_PER_SCORE * scores + _ISSUED_PER_TILE + _ISSUED_PER_STEP * steps + added
     tile = Counts(
-        issued=_ISSUED_PER_SCORE * scores + _ISSUED_PER_TILE + _ISSUED_PER_STEP * steps,
+        **products,
+        issued=issued,
         matrix=steps,
-        multiply_adds=16 * config.tile_n * (traits.head_dim + traits.head_dim_v),
-        special=scores,
-        exponentials=scores,
-        fma=2 * scores + _FMA_PER_TILE,
-        ffma=scores,
+        special=special,
+        exponentials=special,
+        fma=2 * scores + _FMA_PER_TILE + added,
+        ffma=scores + added,
         alu=scores + _ALU_PER_TILE,
         conversions=scores // 2,
         shuffles=4 + (traits.head_dim > 128),
@@ -140,6 +150,11 @@ def by_formula(config: Sm90ForwardConfig, traits: Traits) -> Work:
         ),
         Counts(issued=_ISSUED_PER_PLACE + _ISSUED_PER_OUTPUT * 2 * outputs, fma=outputs),
     )
+
+
+def added_to_o(traits: Traits) -> int:
+    """Multiply-adds of a thread that add a tile's share to O: 8-bit floats are summed apart."""
+    return traits.head_dim_v // 2 if traits.fp8 else 0
 
 
 def from_machine_code(code: MachineCode) -> Work:
@@ -236,8 +251,8 @@ def expected_registers(config: Sm90ForwardConfig, traits: Traits) -> int:
     outputs, kept = traits.head_dim_v // 2, config.accumulators_per_thread(traits)
     if config.overlap:
         # S, P and O are there at once.
-        return kept + config.tile_n // 4 + 20 + outputs // 6
-    packed = config.tile_n // (8 if config.num_warpgroups == 3 else 4)
+        return kept + config.probability_registers + 20 + outputs // 6
+    packed = config.probability_registers // (2 if config.num_warpgroups == 3 else 1)
     return kept + packed + outputs // 4
 
 
@@ -245,12 +260,13 @@ def _turn(
     machine: Machine, config: Sm90ForwardConfig, traits: Traits, work: Work, l2: float
 ) -> Turn:
     c, n, scores = work.tile, config.tile_n, config.tile_n // 2
-    d, dv, size = traits.head_dim, traits.head_dim_v, traits.dtype_bytes
+    d, dv, size = traits.head_dim, traits.head_dim_v, traits.operand_bytes
     fetched = n * (d + dv) * size / config.num_warpgroups
     # S reads Q and K, O reads V; the tensor cores wait for their operands.
     operands = _WARPGROUP_ROWS * d * size + n * (d + dv) * size
     shared = (operands + fetched) / machine.smem_bytes_per_clock
-    products = _WARPGROUP_ROWS * n * (d + dv) / machine.wgmma_f16 / WGMMA_EFFICIENCY
+    rate = machine.wgmma_e4m3 if traits.fp8 else machine.wgmma_f16
+    products = _WARPGROUP_ROWS * n * (d + dv) / rate / WGMMA_EFFICIENCY
     mufu = _THREADS * c.special / machine.sfu_lanes
     one_a_score = _THREADS * scores / machine.alu_lanes
     busy = (
@@ -263,14 +279,14 @@ def _turn(
         fetched / l2,
     )
     softmax = max(mufu, c.issued) + one_a_score
-    packing = _THREADS * c.conversions / machine.alu_lanes
+    packing = _THREADS * c.conversions / machine.alu_lanes + added_to_o(traits)
     return Turn(
         busy,
         max(products, shared),
         SOFTMAX_LATENCY + softmax,
         softmax + packing,
         packing + BARRIER_LATENCY,
-        n * max(d, dv) * size / l2,
+        config.stage_n * max(d, dv) * size / l2,
     )
 
 
@@ -301,12 +317,14 @@ def _stall(config: Sm90ForwardConfig, turn: Turn, clocks: float, latency: float)
     A buffer is filled again while the other stages of K, or of V, are used. With one there is half
     a turn until the next product needs it, less the more warpgroups are still to read it; with
     overlap V is needed at once. That more stages of V than of K are ever faster is not known: here
-    they count only where loads are late.
+    they count only where loads are late. Of 8-bit floats a stage may hold two tiles of keys.
     """
     slack, arrives = clocks / (2 * config.num_warpgroups), latency + turn.loads
-    of_k = arrives - (config.num_stages - 1) * clocks - slack
-    of_v = arrives - (config.stages_of_v - 1) * clocks - (0.0 if config.overlap else slack)
-    return max(0.0, of_k) + max(0.0, of_v)
+    per_stage = config.stage_n // config.tile_n
+    of_k = arrives - (config.num_stages - 1) * per_stage * clocks - slack
+    of_v = arrives - (config.stages_of_v - 1) * per_stage * clocks
+    of_v -= 0.0 if config.overlap else slack
+    return (max(0.0, of_k) + max(0.0, of_v)) / per_stage
 
 
 def _of_clusters(machine: Machine, config: Sm90ForwardConfig) -> Machine:
@@ -344,7 +362,7 @@ def _costs(
     slots = machine.num_sms * resident
     turn = _turn(machine, config, traits, work, l2_share(machine, places))
     from_memory = memory_bytes(problem, config, grid, slots * config.cluster, machine.l2_bytes)
-    fetched = config.tile_n * (traits.head_dim + traits.head_dim_v) * traits.dtype_bytes
+    fetched = config.tile_n * (traits.head_dim + traits.head_dim_v) * traits.operand_bytes
     at_once = min(slots, places * problem.group_size / problem.batch_heads)
     missed = min(1.0, at_once * from_memory / max(1.0, places * grid.mean_tiles * fetched))
     latency = L2_LATENCY + missed * (MEMORY_LATENCY - L2_LATENCY)

@@ -30,7 +30,7 @@ from . import turns
 from .clocks import BlockClocks
 from .counts import feature_counts
 from .dispatch import closed_form
-from .grid import Grid, l2_share, lay, memory_bytes
+from .grid import Grid, l2_share, lay, memory_bytes, walks_in_turn
 from .hopper import (
     COPIES_NORM,
     LEFT_TO_CHANCE,
@@ -344,20 +344,19 @@ def predict_form(
     """
     grid, clocks, around, busy, from_memory = _costs(machine, problem, form, slower)
     per_ms = machine.clock_mhz * 1e3
-    if form.order is None or problem.traits.ragged:
+    if form.order is None:
         spread = closed_form(grid, machine.num_sms, 1, clocks.place)
     else:
         spread = turns.clocks_of(
-            _walks_upwards(grid.launch.tiling),
+            _walks(problem, form, grid),
             problem.group_size,
             grid.heads,
             machine.num_sms,
-            form.order,
             clocks.turn,
             around,
             *(ns * machine.clock_mhz / 1e3 for ns in (TURN_NS, COMPLETE_NS, UNTIL_FREE_NS)),
             form.buffers,
-            form.in_flight,
+            grid.heads if problem.traits.ragged else form.in_flight,
         )
     if form.added:
         from_memory += _FLOAT_BYTES * _sums(problem)
@@ -371,6 +370,14 @@ def predict_form(
     alone = max(grid.walks.most, grid.mean_tiles * grid.blocks / machine.num_sms)
     parts["latency"] = float(alone * _chain(machine, form, busy)) / per_ms
     return Prediction(ms, parts, max(parts, key=parts.get), 1)
+
+
+def _walks(problem: ProblemClass, form: Form, grid: Grid) -> tuple[tuple[int, int], ...]:
+    """The walk of each block of keys of a head, in the order in which blocks start and add."""
+    if problem.traits.ragged:
+        return walks_in_turn(problem, form.row_tile, form.column_tile)
+    upwards = _walks_upwards(grid.launch.tiling)
+    return upwards[::-1] if form.order == "last first" else upwards
 
 
 @lru_cache(maxsize=64)

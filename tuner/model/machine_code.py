@@ -27,6 +27,7 @@ _SHARED = {"LDS", "STS", "LDSM", "STSM", "ATOMS"}
 _GLOBAL = {"LDG", "STG", "LDGSTS", "RED", "REDG", "ATOMG", "LD", "ST"}
 _LOCAL = {"LDL", "STL"}
 _WARPGROUP_MATRIX = {"HGMMA", "IGMMA", "QGMMA"}
+_MATRIX_OF_CODES = {"QMMA", "QGMMA"}
 _MATRIX = {"HMMA", "IMMA", "QMMA", "DMMA", *_WARPGROUP_MATRIX}
 _MEETINGS = {"BAR", "UTMALDG", "SYNCS"}
 _FMA = {"FFMA", "FADD", "FMUL", "IMAD", "HFMA2", "HADD2", "HMUL2", "FFMA2", "FADD2", "FMUL2"}
@@ -49,8 +50,8 @@ class Counts:
     Attributes:
         issued: all of them.
         matrix: on the tensor cores.
-        multiply_adds, multiply_adds_tf32: of those, over the whole warp; 16-bit and tf32 operands.
-            Of a warpgroup's product a quarter is each warp's.
+        multiply_adds, multiply_adds_tf32, multiply_adds_e4m3: of those, over the whole warp; with
+            operands of 16 bits, tf32 and e4m3. Of a warpgroup's product a quarter is each warp's.
         special: on the special function units (MUFU).
         exponentials: of those, ex2.
         fma: on the float32 pipe: FFMA, FADD, FMUL, IMAD.
@@ -70,6 +71,7 @@ class Counts:
     matrix: int = 0
     multiply_adds: int = 0
     multiply_adds_tf32: int = 0
+    multiply_adds_e4m3: int = 0
     special: int = 0
     exponentials: int = 0
     fma: int = 0
@@ -102,6 +104,8 @@ class Counts:
             multiply_adds = _multiply_adds(modifiers) // (4 if name in _WARPGROUP_MATRIX else 1)
             if "TF32" in modifiers:
                 self.multiply_adds_tf32 += multiply_adds
+            elif name in _MATRIX_OF_CODES:
+                self.multiply_adds_e4m3 += multiply_adds
             else:
                 self.multiply_adds += multiply_adds
         elif name == "MUFU":

@@ -71,7 +71,7 @@ COMBINED_SPLITS = 8
 
 _WARP, _FLOAT_BYTES, _MAX_REGISTERS = 32, 4, 255
 # Registers beside accumulators: operands, addresses, bounds. By compiling.
-_OTHER_REGISTERS = {"sm80": 64, "sm75": 100, "portable": 110}
+_OTHER_REGISTERS = {"sm89": 64, "sm80": 64, "sm75": 100, "portable": 110}
 _FEWEST_OTHER_REGISTERS = 24
 ROW_KERNELS = ("combine", "delta", "reduce-dq")
 """Families that stream rows, and multiply nothing."""
@@ -119,7 +119,7 @@ def predict(
     fit = _fit_of(machine, config, resources)
     if problem.family in ROW_KERNELS:
         return _rows(machine, problem, config, fit)
-    return _tiled(machine, problem, config, _work_of(problem, config, code), fit)
+    return _tiled(machine, problem, config, _work_of(machine, problem, config, code), fit)
 
 
 def block_clocks(
@@ -136,7 +136,8 @@ def block_clocks(
     if problem.family in ROW_KERNELS:
         raise ValueError(f"{config} of {problem.family} has no tiles")
     fit = _fit_of(machine, config, resources)
-    return _costs(machine, problem, config, _work_of(problem, config, code), fit).clocks
+    work = _work_of(machine, problem, config, code)
+    return _costs(machine, problem, config, work, fit).clocks
 
 
 def _fit_of(machine: Machine, config: Config, resources: ResourceUsage) -> int:
@@ -146,8 +147,10 @@ def _fit_of(machine: Machine, config: Config, resources: ResourceUsage) -> int:
     return resources.blocks_per_sm
 
 
-def _work_of(problem: ProblemClass, config: Config, code: MachineCode | None) -> counts.Work:
-    work = counts.by_formula(config, problem.traits)
+def _work_of(
+    machine: Machine, problem: ProblemClass, config: Config, code: MachineCode | None
+) -> counts.Work:
+    work = counts.on_machine(machine, config, problem.traits)
     if code is not None and code.main is not None:
         work = counts.complete(work, code.main, code.outside)
     return work
@@ -168,7 +171,7 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
     fit, limited_by = blocks_per_sm(machine.limits, config.num_threads, registers, smem)
     if fit < 1:
         raise ValueError(f"no block of {config} fits on an SM of {machine.name}: {limited_by}")
-    work = counts.by_formula(config, traits)
+    work = counts.on_machine(machine, config, problem.traits)
     if spilled:
         # Accumulators that do not fit are loaded and stored, through the L1, at every step.
         moved = Counts(issued=2, shared=2, shared_bytes=2 * _WARP * _FLOAT_BYTES, local=2)
@@ -197,7 +200,7 @@ def at_best(machine: Machine, problem: ProblemClass, config: Config) -> Predicti
     if is_rows:
         found = [_rows(machine, problem, config, fit) for fit in fits]
     else:
-        work = counts.by_formula(config, traits)
+        work = counts.on_machine(machine, config, problem.traits)
         found = [_tiled(machine, problem, config, work, fit) for fit in fits]
     return min(found, key=lambda prediction: prediction.ms)
 
@@ -242,6 +245,8 @@ def _matrix_rate(machine: Machine, problem: ProblemClass) -> float:
     traits = problem.traits
     if traits.dtype == "float32":
         return (machine.mma_tf32 if traits.tf32 else 0) or machine.fp32_lanes
+    if traits.fp8:
+        return max(machine.mma_f16, machine.mma_e4m3, machine.wgmma_e4m3)
     if traits.dtype == "bfloat16" and machine.arch == "sm_75":
         return machine.fp32_lanes
     return max(machine.mma_f16, machine.wgmma_f16)
@@ -257,6 +262,8 @@ def _busy(
     matrix = c.multiply_adds / machine.mma_f16
     if c.multiply_adds_tf32:
         matrix += c.multiply_adds_tf32 / machine.mma_tf32
+    if c.multiply_adds_e4m3:
+        matrix += c.multiply_adds_e4m3 / machine.mma_e4m3
     return (
         warps * matrix / machine.mma_efficiency,
         warps * _WARP * c.special / machine.sfu_lanes,

@@ -5,18 +5,32 @@ before it in the tile's order has, and its buffer of dQ is free again a while af
 in the order of their numbers, each on the first SM that is free, and wait only for blocks that
 have started earlier; so each can be played to its end before the next.
 
+All tiles of a block are played at once. Of tile n of a block that has `buffers` of dQ
+
+    done[n] = max(done[n - 1] + tile, start[n - buffers] + until_free + part of a tile)
+    start[n] = max(done[n], start[n - 1] + complete, turn of n)
+
+are sums of steps from earlier tiles, of which the longest counts. A way that goes over j tiles
+takes one step of a buffer or as many as there can be, and else steps of one tile: so `start` is
+the largest of few running maxima (`_starts`).
+
 Two orders of keys are known: "last first", in which blocks of a causal mask are at different tiles
 at any moment, and "first first". Blocks that begin at different tiles under a full mask, as in
-FlashAttention-3, hardly wait: for them nothing is played.
+FlashAttention-3, hardly wait: for them nothing is played. In a list of tiles, of sequences with
+lengths of their own, blocks start and add in the order of the list.
 """
 
 import heapq
 import itertools
 from functools import lru_cache
 
+import numpy as np
+
 ORDERS = ("last first", "first first")
-_MOST_VISITS = 60_000
-"""Tiles that are played, of whole heads."""
+_MOST_BLOCKS = 2_000
+"""Blocks that are played, of whole heads."""
+_ROUNDED = 0.01
+"""Of fewer heads on fewer SMs: by how much of itself the number of SMs may be rounded."""
 _AFTER = 0.15
 """Part of a tile that is left when its buffer of dQ is wanted. Assumed."""
 
@@ -27,7 +41,6 @@ def clocks_of(
     repeats: int,
     heads: int,
     sms: int,
-    order: str,
     tile: float,
     around: float,
     turn: float,
@@ -39,11 +52,11 @@ def clocks_of(
     """Clocks until the last block is done.
 
     Args:
-        walks: (first tile, behind the last one) of each block of keys of a head, keys upwards.
+        walks: (first tile, behind the last one) of each block of keys of a head, in the order in
+            which blocks start and add. Of a list each sequence has tiles of its own.
         repeats: heads of queries that each block walks over.
         heads: of keys.
         sms: blocks that run at once.
-        order: one of ORDERS, in which blocks start and add.
         tile: clocks of a tile.
         around: clocks of a block beside its tiles.
         turn: from the start of a block's addition to that of the next block's.
@@ -52,27 +65,77 @@ def clocks_of(
         buffers: of dQ.
         in_flight: heads whose blocks start in turn.
     """
-    visits = repeats * sum(end - first for first, end in walks)
-    played = min(heads, max(2 * in_flight, _MOST_VISITS // max(1, visits) // 2 * 2))
+    if in_flight >= heads and len(walks) * heads > _MOST_BLOCKS:
+        # All heads do the same at once: fewer on as many fewer SMs take as long.
+        heads, sms, longer = _fewer(heads, sms, _MOST_BLOCKS // len(walks))
+        in_flight = heads
+    else:
+        longer = 1.0
+    played = min(heads, max(2 * in_flight, _MOST_BLOCKS // len(walks) // 2 * 2))
     free = [0.0] * sms
-    blocks = walks[::-1] if order == "last first" else walks
     last, half = max(end for _, end in walks), 0.0
     for begin in range(0, played, in_flight):
         if begin <= played // 2:
             half, halfway = sum(free), begin
         together = range(min(in_flight, played - begin))
-        ready = [[0.0] * (repeats * last) for _ in together]
-        for (first, end), head in itertools.product(blocks, together):
-            turns = ready[head]
+        turns = np.zeros((len(together), repeats, last))
+        for (first, end), head in itertools.product(walks, together):
             done = heapq.heappop(free) + around / 2
-            added, empty = done, [done] * buffers
-            visited = (h + m for h in range(0, repeats * last, last) for m in range(first, end))
-            for number, m in enumerate(visited):
-                done = max(done + tile, empty[number % buffers] + _AFTER * tile)
-                start = max(done, added, turns[m])
-                turns[m], added = start + turn, start + complete
-                empty[number % buffers] = start + until_free
-            heapq.heappush(free, max(done, added) + around / 2)
+            if first < end:
+                here = turns[head, :, first:end]
+                start = _starts(here.ravel(), done, tile, complete, until_free, buffers)
+                here[:] = (start + turn).reshape(here.shape)
+                done = float(start[-1]) + complete
+            heapq.heappush(free, done + around / 2)
     # What is not played takes as long as the second half of what is.
     of_a_head = (sum(free) - half) / sms / (played - halfway)
-    return max(free) + (heads - played) * of_a_head
+    return longer * (max(free) + (heads - played) * of_a_head)
+
+
+def _starts(
+    turns: np.ndarray,
+    begin: float,
+    tile: float,
+    complete: float,
+    until_free: float,
+    buffers: int,
+) -> np.ndarray:
+    """When a block begins to add each of its tiles, with the names of `clocks_of`.
+
+    Args:
+        turns: of each tile, when the block before this one is through.
+        begin: when the block begins with its first tile.
+    """
+    number = np.arange(len(turns))
+    given = np.maximum(turns, begin + tile * (number + 1))
+    # A step from a tile to the next, and of a buffer over as many tiles as there are buffers;
+    # only behind a step of a buffer a tile is waited for that is being computed.
+    buffer, step = until_free + _AFTER * tile, max(complete, tile)
+    found = _largest(given, complete * number)
+    later = _largest(given, step * number)[:-buffers] + buffer
+    np.maximum(found[buffers:], later, out=found[buffers:])
+    if buffer > buffers * step:
+        steady = given.copy()
+        for first in range(min(buffers, len(turns))):
+            of_buffer = given[first::buffers]
+            steady[first::buffers] = _largest(of_buffer, buffer * np.arange(len(of_buffer)))
+        np.maximum(found, steady, out=found)
+        for more in range(1, buffers):
+            behind = buffers + more
+            later = steady[:-behind] + (buffer + more * step)
+            np.maximum(found[behind:], later, out=found[behind:])
+    return found
+
+
+def _largest(given: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """The largest of each number and those before it, plus the steps from there."""
+    return np.maximum.accumulate(given - steps) + steps
+
+
+def _fewer(heads: int, sms: int, wanted: int) -> tuple[int, int, float]:
+    """(heads, SMs, factor of the time) of at least `wanted` heads on their share of the SMs."""
+    for fewer in range(max(1, wanted), heads):
+        share = sms * fewer / heads
+        if round(share) and abs(round(share) / share - 1) <= _ROUNDED:
+            return fewer, round(share), round(share) / share
+    return heads, sms, 1.0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from numflash.configs import WARPGROUP_ROWS, Sm90ForwardConfig, Traits
 
-from .hopper_fp8 import attend_to_codes, fp8_shapes
+from .hopper_fp8 import attend_to_codes, fetch_scales, fp8_shapes
 from .ring import Ring
 from .steps import (
     REGISTERS,
@@ -37,6 +37,14 @@ def program(config: Sm90ForwardConfig, traits: Traits, walks: Sequence[Walk]) ->
         for group in range(groups)
     }
     roles["producer"] = role(_produce, config, walks)
+    channels = {
+        "Q": Channel("Q", groups),
+        "K": Channel("K", config.num_stages, groups),
+        "V": Channel("V", config.stages_of_v, groups),
+    }
+    if traits.key_scales:
+        roles["scales"] = role(fetch_scales, config, walks)
+        channels["SCALES"] = Channel("scales", config.num_stages, groups)
     rows, columns, tiles = WARPGROUP_ROWS, config.tile_n, config.tiles(traits)
     shapes = {
         "S": (rows, columns, traits.head_dim),
@@ -52,11 +60,7 @@ def program(config: Sm90ForwardConfig, traits: Traits, walks: Sequence[Walk]) ->
         },
         scores=rows * columns,
         stored=rows * traits.head_dim_v,
-        channels={
-            "Q": Channel("Q", groups),
-            "K": Channel("K", config.num_stages, groups),
-            "V": Channel("V", config.stages_of_v, groups),
-        },
+        channels=channels,
         barriers={f"turn {group}": 2 for group in range(groups)} if config.pingpong else {},
     )
 
@@ -123,11 +127,11 @@ def _consume(
     for walk in walks:
         first, end = walk.of_group(group)
         yield Wait("Q", group)
-        yield from _skip(ring, turns, first, per_stage)
+        yield from _skip(ring, turns, first, per_stage, traits)
         if first < end:
             masked = {ring.tile + tile - first for tile in walk.masked}
             yield from attend(config, traits, ring, turns, group, end - first, masked)
-        yield from _skip(ring, turns, walk.tiles - end, per_stage)
+        yield from _skip(ring, turns, walk.tiles - end, per_stage, traits)
         if not gives_q_late:
             yield Release("Q", group)
         yield Work("finish", 0)
@@ -135,13 +139,14 @@ def _consume(
             yield Release("Q", group)
 
 
-def _skip(ring: Ring, turns: Turns, stages: int, per_stage: int) -> Iterator[Step]:
+def _skip(ring: Ring, turns: Turns, stages: int, per_stage: int, traits: Traits) -> Iterator[Step]:
     """Leave stages of keys to the other warpgroups."""
     for _ in range(stages):
         for _ in range(per_stage):
             yield from turns.take()
             yield from turns.give()
-        for channel, buffer in (("K", ring.k), ("V", ring.v)):
+        scales = [("SCALES", ring.k)] if traits.key_scales else []
+        for channel, buffer in (("K", ring.k), ("V", ring.v), *scales):
             yield Wait(channel, buffer)
             yield Release(channel, buffer)
         ring.advance()

@@ -1,15 +1,16 @@
 """The forward on Hopper on 8-bit floats: how a warpgroup attends to codes.
 
 The order is that of `numflash.kernels.wgmma.fp8_forward.attend`. A stage holds one tile of keys or
-two; without overlap O is added in parts of its columns, each waited for.
+two; without overlap O is added in parts of its columns, each waited for. Where keys have scales of
+their own, warps beside the producer bring those of a stage (`key_scales`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from numflash.configs import WARPGROUP_ROWS, Sm90Fp8ForwardConfig, Traits
 
 from .ring import Ring
-from .steps import REGISTERS, Begin, Release, Step, Until, Wait, Work
+from .steps import REGISTERS, Begin, Claim, Fill, Release, Step, Until, Wait, Walk, Work
 
 
 def fp8_shapes(config: Sm90Fp8ForwardConfig, traits: Traits) -> dict[str, tuple[int, int, int]]:
@@ -18,6 +19,17 @@ def fp8_shapes(config: Sm90Fp8ForwardConfig, traits: Traits) -> dict[str, tuple[
         "S": (WARPGROUP_ROWS, config.tile_n, traits.head_dim),
         "PV": (WARPGROUP_ROWS, config.part_columns(traits), config.tile_n),
     }
+
+
+def fetch_scales(config: Sm90Fp8ForwardConfig, walks: Sequence[Walk]) -> Iterator[Step]:
+    """The scales of each stage of keys: read before there is room for them."""
+    ring = Ring(config)
+    for walk in walks:
+        for _ in range(walk.tiles):
+            yield Work("statistics", ring.tile)
+            yield Claim("SCALES", ring.k)
+            yield Fill("SCALES", ring.k, ring.tile, "place")
+            ring.advance()
 
 
 def attend_to_codes(
@@ -42,11 +54,16 @@ def attend_to_codes(
             yield Begin("PV", number, (REGISTERS, ("v", v)))
             yield Until(0)
 
-    def softmax(number):
+    def softmax(number, tile):
+        if traits.key_scales:
+            yield Wait("SCALES", ring.k)
+            yield Work("scale", number)
         if ring.tile in masked:
             yield Work("mask", number)
         yield Work("max", number)
         yield Work("exp", number)
+        if traits.key_scales and tile == last:
+            yield Release("SCALES", ring.k)
 
     number, tile = ring.tile * per_stage, 0
     yield from turns.take()
@@ -55,7 +72,7 @@ def attend_to_codes(
     yield Until(0)
     if tile == last:
         yield Release("K", ring.k)
-    yield from softmax(number)
+    yield from softmax(number, tile)
     yield Work("pack", number)
     for _ in range(1, stages * per_stage):
         v, v_tile, before = ring.v, tile, number
@@ -80,7 +97,7 @@ def attend_to_codes(
         yield Until(1 if config.overlap else 0)
         if tile == last:
             yield Release("K", ring.k)
-        yield from softmax(number)
+        yield from softmax(number, tile)
         if config.overlap:
             yield Until(0)
             yield Release("V", v)

@@ -21,10 +21,10 @@ _ISSUE_LANES = 128
 # A row's maximum goes across its four lanes by two shuffles. Assumed.
 _ACROSS_LANES = 60
 _ISSUE_CLOCKS = 20
-"""Clocks of a thread that begins a copy. Assumed."""
+"""Clocks of a thread that begins a copy, or of a warp that stores what it has read. Assumed."""
 # Blocks that share an SM begin apart by so much of the first product: what chance does. Assumed.
 _OFFSET = 1.4
-_MASK_ISSUED, _GRADIENT_ISSUED = 4, 2
+_MASK_ISSUED, _GRADIENT_ISSUED, _SCALE_ISSUED = 4, 2, 2
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,18 @@ def _products(
     program: Program, machine: Machine, config: Config, traits: Traits
 ) -> dict[str, float]:
     implementation = implementation_of(config)
+    of_codes = traits.fp8 and config.multiplies_codes
     if implementation.needs_maps:
-        rate = machine.wgmma_f16
+        rate = machine.wgmma_e4m3 if of_codes else machine.wgmma_f16
     elif implementation.has_tensor_cores:
-        rate = (machine.mma_tf32 if traits.tf32 else machine.mma_f16) * machine.mma_efficiency
+        rate = machine.mma_tf32 if traits.tf32 else machine.mma_f16
+        # Where e4m3 is no instruction, its products are made of those of float16.
+        rate = (machine.mma_e4m3 if of_codes else 0) or rate
+        rate *= machine.mma_efficiency
     else:
         rate = float(machine.fp32_lanes)
     if not rate:
         raise ValueError(f"{machine.name} has no products as {config} needs them")
-    rate *= 2 if traits.fp8 and config.multiplies_codes else 1
     return {
         name: rows * columns * depth / rate
         for name, (rows, columns, depth) in program.shapes.items()
@@ -128,6 +131,8 @@ def _work(program: Program, machine: Machine) -> dict[str, float]:
         "leave": 4 * stored / machine.smem_bytes_per_clock,
         "decode": scores / machine.alu_lanes,
         "statistics": float(L2_LATENCY),
+        "scale": _SCALE_ISSUED * scores / _ISSUE_LANES,
+        "place": float(_ISSUE_CLOCKS),
         "finish": stored / machine.alu_lanes,
     }
 

@@ -1,13 +1,11 @@
 """The feasible configs of a space as a table: the choices of each, and the model's estimate.
 
 Proposals are moved to the nearest row that is free, and rows are ranked by the model, corrected by
-measurements: each choice of each dimension gets a factor by which the model errs. Where the model
-knows nothing (`guide`) measurements alone rank them.
+measurements: each choice of each dimension gets a factor by which the model errs.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +16,6 @@ from numflash.configs import Config
 
 from .. import model
 from ..space.configs import Space
-from ..space.dimensions import GEOMETRY
-from . import guide
 
 _FEWEST_TIMES = 6
 """Measured configs from which the model's errors are learned."""
@@ -34,7 +30,7 @@ class Candidates:
         configs, texts: of each number.
         numbers: text -> number.
         estimates: milliseconds by the model before anything is compiled, of each number; infinite
-            where no block fits, and all the same where the model knows nothing.
+            where no block fits.
         at_best: milliseconds that no machine code of each number is predicted to beat.
         distributions: asked of a sampler: a choice of each dimension that has several.
     """
@@ -55,14 +51,13 @@ class Candidates:
             [codes.setdefault(getattr(c, "compiled", c), len(codes)) for c in self.configs]
         )
         self._space = space
-        self._is_known = guide.unknown(space.problem) is None
-        self.estimates = np.array([guide.estimate(space, config) for config in self.configs])
+        self.estimates = np.array([_estimate(space, config) for config in self.configs])
         self._choices = self._one_hot([len(choices) for choices in several.values()])
 
     @cached_property
     def at_best(self) -> np.ndarray:
         """As above; infinite where no block fits."""
-        found = [guide.estimate(self._space, each, model.at_best) for each in self.configs]
+        found = [_estimate(self._space, each, model.at_best) for each in self.configs]
         return np.array(found)
 
     def _one_hot(self, sizes: list[int]) -> np.ndarray:
@@ -107,13 +102,8 @@ class Candidates:
         """The index of each choice in its dimension."""
         return tuple(places[chosen[name]] for name, places in self._place_of.items())
 
-    def favourite(self, times_ms: dict[str, float], is_free: np.ndarray) -> int | None:
-        """The free number that the model, corrected by these times, likes best.
-
-        None where it knows nothing, and too few times say anything.
-        """
-        if not self._is_known and len(self._known(times_ms)) < _FEWEST_TIMES:
-            return None
+    def favourite(self, times_ms: dict[str, float], is_free: np.ndarray) -> int:
+        """The free number that the model, corrected by these times, likes best."""
         expected = np.log(self.estimates) + self._errors(times_ms)
         expected[~is_free] = math.inf
         best = int(np.argmin(expected))
@@ -122,13 +112,8 @@ class Candidates:
     def favourites(self, count: int) -> list[int]:
         """The numbers with the best estimates, each of machine code of its own.
 
-        Of those that the model cannot tell from each other only the first. Where it knows nothing
-        they are those that numflash chooses the default from, laid out as the default is.
+        Of those that the model cannot tell from each other only the first.
         """
-        if not self._is_known:
-            as_default = {name: getattr(self._space.default, name) for name in GEOMETRY}
-            texts = [str(replace(each, **as_default)) for each in self._space.preferred]
-            return [self.numbers[text] for text in texts if text in self.numbers][:count]
         order = np.argsort(self.estimates, kind="stable")
         _, first = np.unique(self._codes[order], return_index=True)
         order = order[np.sort(first)]
@@ -155,11 +140,19 @@ class Candidates:
         return [number for number in known if math.isfinite(self.estimates[number])]
 
 
+def _estimate(space: Space, config: Config, by: Callable = model.estimate) -> float:
+    """Milliseconds by formula; infinite where no block fits."""
+    try:
+        return by(space.machine, space.problem, config).ms
+    except ValueError:
+        return math.inf
+
+
 def distinct(space: Space, most: int | None = None) -> int:
     """The number of feasible configs that the model can tell apart, counted up to `most`."""
     estimates: set[float] = set()
     for config in space.feasible:
         if len(estimates) == most:
             break
-        estimates.add(guide.estimate(space, config))
+        estimates.add(_estimate(space, config))
     return len(estimates)

@@ -2,11 +2,11 @@
 
 Optuna proposes; each proposal is moved to the nearest feasible config that nobody has tried.
 Every second proposal is the model's, corrected by measurements. Compilers work ahead in other
-processes. Where there is a GPU the judge is a `Measurer`; offline it is the model, which does not
-know every kernel (`guide`). The default and the configs that the model likes best come first, and
-no winner is named before the default is tried: it has to be beaten. Offline the default is judged
-alone, and a config that could not displace it even if the compiler did as well as can be
-(`model.at_best`) is not compiled, as its record says.
+processes. Where there is a GPU the judge is a `Measurer`; offline it is the model. The default
+and the configs that the model likes best come first, and no winner is named before the default is
+tried: it has to be beaten. Offline the default is judged alone, and a config that could not
+displace it even if the compiler did as well as can be (`model.at_best`) is not compiled, as its
+record says.
 """
 
 import math
@@ -22,11 +22,10 @@ from optuna.trial import Trial
 
 from numflash.configs import Config
 
-from .. import SAMPLERS
+from .. import SAMPLERS, model
 from ..measuring.measurer import Measurer
 from ..records import FAILURES, Record
 from ..space.configs import Space
-from . import guide
 from .candidates import Candidates, distinct
 from .contest import USABLE, Contest
 from .ordered import OrderedSampler
@@ -147,7 +146,7 @@ class Search:
         self._broken: set[str] = set()
         self._failed_in_a_row = 0
         self._asks_model = False
-        self.floor_ms = guide.floor_ms(space)
+        self.floor_ms = model.floor_ms(space.machine, space.problem)
 
     @property
     def size(self) -> int:
@@ -356,10 +355,9 @@ class Search:
             return record.failed(*examined.failure)
         if (failure := self.space.judge_resources(examined.resources)) is not None:
             return record.failed(*failure)
-        prediction = guide.predict(self.space, config, examined.resources, examined.code)
-        known = {"resources": examined.resources}
-        if prediction is not None:
-            known |= {"predicted_ms": prediction.ms, "parts": prediction.parts}
+        machine, problem, resources = self.space.machine, self.space.problem, examined.resources
+        prediction = model.predict(machine, problem, config, resources, examined.code)
+        known = {"resources": resources, "predicted_ms": prediction.ms, "parts": prediction.parts}
         if self._measurer is None:
             return replace(record, **known)
         measured = self._measurer.measure(self.space.problem, str(config), self._is_slow)

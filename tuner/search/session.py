@@ -28,7 +28,6 @@ from ..measuring.measurer import Measurer
 from ..records import Record
 from ..space.configs import Budgets, Space
 from ..space.machines import Machine
-from . import guide
 from .plan import Plan, compile_time
 from .pool import CompilePool
 from .progress import Progress
@@ -107,11 +106,7 @@ class Session:
 
         Raises:
             EmptySpaceError: one of them is empty.
-            ValueError: the model would have to judge a class that it does not know.
         """
-        unknown = [guide.unknown(problem) for problem in problems if self.measurer is None]
-        if why := next(filter(None, unknown), None):
-            raise ValueError(why)
         about = self.machine, self.options.budgets, self.measurer is not None
         spaces = [Space(problem, *about) for problem in problems]
         spaces = [space for space in spaces if space.runs]

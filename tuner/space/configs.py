@@ -262,7 +262,8 @@ class Space:
                 if widest + _MIN_REGISTERS >= cap:
                     why = f"a product has {widest} accumulators, all blocks begin with {cap}"
                     return "registers", ("over_budget", why)
-                cap, needed_registers = config.registers[1], warpgroup_registers(config, traits)
+                cap = config.registers_of(traits)[1]
+                needed_registers = warpgroup_registers(config, traits)
             if needed_registers > cap:
                 why = f"needs {needed_registers} registers for {kept} accumulators, may have {cap}"
                 return "registers", ("over_budget", why)

@@ -37,14 +37,17 @@ class Machine:
             operands, float32 accumulators.
         mma_tf32: likewise for tf32; 0 where there is none.
         wgmma_f16: likewise for `wgmma`, float16 or bfloat16 operands; 0 where there is none.
-        mma_efficiency: share of `mma_f16` and `mma_tf32` that attention reaches while it
-            multiplies; FlashAttention-2 comes near its published speed on an A100 with 0.95.
+        mma_efficiency: share of `mma_f16`, `mma_tf32` and `mma_e4m3` that attention reaches while
+            it multiplies; FlashAttention-2 comes near its published speed on an A100 with 0.95.
         fp32_lanes: float32 multiply-adds per clock and SM.
         source: where these figures are from.
         alu_lanes: minima, comparisons, selections and logic per clock and SM.
         sfu_lanes: special functions, such as exponentials, per clock and SM.
         smem_bytes_per_clock: bandwidth of an SM's shared memory.
         memory_bytes: size of the device memory; 0 where nobody said.
+        mma_e4m3: likewise multiply-adds of `mma.sync` with operands of e4m3; 0 where it is no
+            instruction, but made of conversions and of products of float16.
+        wgmma_e4m3: likewise of `wgmma`; 0 where there is none.
     """
 
     name: str
@@ -64,6 +67,8 @@ class Machine:
     wgmma_f16: float = 0.0
     mma_efficiency: float = 0.95
     memory_bytes: int = 0
+    mma_e4m3: float = 0.0
+    wgmma_e4m3: float = 0.0
 
     @property
     def limits(self) -> Architecture:

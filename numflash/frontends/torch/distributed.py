@@ -14,8 +14,8 @@ from numflash.frontends.torch.untraced import untraced
 from numflash.runtime.errors import UnsupportedError
 
 _MAX_SEED = 2**62
-_SHARED = ("sinks", "alibi_slopes")
-"""Tensors among the options that all ranks have, and that have gradients."""
+_SHARED = ("sinks", "alibi_slopes", "bias")
+"""Tensors among the options that all ranks have, and that have gradients; so have those of aux."""
 
 
 @untraced
@@ -51,8 +51,9 @@ def distributed_attention(
 
     Returns:
         out: (batch, tokens, num_heads_q, head_dim_v) of this rank's tokens. It has gradients of
-            q, k and v; those of sinks and alibi_slopes, which all ranks have, are the same share
-            on each rank: their sum over ranks is the gradient, as it is of a layer's weights.
+            q, k and v; those of sinks, alibi_slopes, bias and aux, which all ranks have, are the
+            same share on each rank: their sum over ranks is the gradient, as it is of a layer's
+            weights.
         lse: with return_lse, (batch, num_heads_q, tokens) float32.
 
     Raises:
@@ -90,11 +91,14 @@ def distributed_attention(
         operands = {name: Shard(x, x.dim() - 3) for name, x in zip("qkv", (q, k, v), strict=True)}
         asked = {"window_size": (-1, -1), **operands, **ranks, **options}
         options["seed"] = _seed_of_first_rank(asked, q.device)
-    tensors = {name: x for name, x in options.items() if isinstance(x, Tensor)}
+    aux = _of_aux(options)
+    tensors = {name: x for name, x in (options | aux).items() if isinstance(x, Tensor)}
     _expect_gradients(options)
     learned = (q, k, v, *tensors.values())
     if torch.is_grad_enabled() and any(x.requires_grad for x in learned):
         rest = {name: x for name, x in options.items() if name not in tensors}
+        if aux:
+            rest["aux"] = tuple(None if isinstance(x, Tensor) else x for x in aux.values())
         made = _Distributed.apply(
             q, k, v, {**ranks, **rest}, travels, tuple(tensors), *tensors.values()
         )
@@ -119,14 +123,28 @@ def _seed_of_first_rank(asked: dict[str, Any], device: torch.device) -> Tensor |
 
 def _expect_gradients(options: dict[str, Any]) -> None:
     """Check that no option requires a gradient that it cannot have. Raises UnsupportedError."""
-    aux = {f"aux{n}": x for n, x in enumerate(options.get("aux") or ())}
-    for name, x in (options | aux).items():
+    for name, x in options.items():
         is_learned = isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
         if is_learned and name not in _SHARED:
             raise UnsupportedError(
                 f"{name} requires a gradient and has none over several ranks; q, k, v, "
-                f"{' and '.join(_SHARED)} have: give it as .detach()"
+                f"{', '.join(_SHARED)} and aux have: give it as .detach()"
             )
+
+
+def _of_aux(options: dict[str, Any]) -> dict[str, Any]:
+    """What functions get, by the names of gradients."""
+    aux = options.get("aux")
+    return {f"aux{n}": x for n, x in enumerate(aux)} if isinstance(aux, tuple | list) else {}
+
+
+def _with_tensors(
+    asked: dict[str, Any], names: tuple[str, ...], tensors: tuple[Tensor, ...]
+) -> dict[str, Any]:
+    """Options with their tensors, those of aux among them."""
+    given = dict(zip(names, tensors, strict=True))
+    aux = [given.pop(name, x) for name, x in _of_aux(asked).items()]
+    return asked | given | ({"aux": tuple(aux)} if aux else {})
 
 
 class _Distributed(torch.autograd.Function):
@@ -134,7 +152,7 @@ class _Distributed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, asked, travels, names, *tensors):
-        options = asked | dict(zip(names, tensors, strict=True))
+        options = _with_tensors(asked, names, tensors)
         out, lse = attention(q, k, v, return_lse=True, **options)
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
         ctx.asked, ctx.travels, ctx.names = asked, travels, names
@@ -147,7 +165,7 @@ class _Distributed(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * (len(needed) + 3)
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        options = ctx.asked | dict(zip(ctx.names, tensors, strict=True))
+        options = _with_tensors(ctx.asked, ctx.names, tuple(tensors))
         options.pop("out_dtype", None)
         if dout is None:
             dout = torch.zeros_like(out, dtype=q.dtype)
@@ -158,7 +176,8 @@ class _Distributed(torch.autograd.Function):
                 dout, q, k, v, out, lse, travels=ctx.travels, dlse=dlse, wrt=wrt, **options
             )
         size = ctx.asked["layout"].ranks
-        made = [x / size if name in _SHARED else x for name, x in zip(wrt, made, strict=True)]
+        named = zip(wrt, made, strict=True)
+        made = [x if name in calls.OPERANDS else x / size for name, x in named]
         if torch.is_grad_enabled():
             made = _Once.apply(dout, q, k, v, *made)
         own, of_options = calls.dealt(wrt, made, ctx.names)

@@ -65,6 +65,7 @@ from numflash.tiles.mma.fragments import (
     accumulator_row,
     column_operand_chunk,
     column_operand_row,
+    place_of_column,
     row_operand_chunk,
     row_operand_row,
 )
@@ -262,12 +263,12 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             k_scale, v_scale = f32(1), f32(1)
             if key_scales:
                 for i in range(mov_tid_x(), tile_n, num_threads):
-                    key = i32(min(n_start + i, shape.seqlen_k - 1))
+                    key, at = i32(min(n_start + i, shape.seqlen_k - 1)), place_of_column(i)
                     k_scale = scale_of_key(descales.k, kept(smem, k_descale_base), key)
                     v_scale = scale_of_key(descales.v, kept(smem, v_descale_base), key)
-                    st_shared_f32(smem, k_of_keys + i, k_scale)
-                    st_shared_f32(smem, v_log2_of_keys + i, f32(math.log(v_scale)) * LOG2_E)
-                    st_shared_f32(smem, v_inverse_of_keys + i, f32(1) / v_scale)
+                    st_shared_f32(smem, k_of_keys + at, k_scale)
+                    st_shared_f32(smem, v_log2_of_keys + at, f32(math.log(v_scale)) * LOG2_E)
+                    st_shared_f32(smem, v_inverse_of_keys + at, f32(1) / v_scale)
                 k_scale, v_scale = f32(1), f32(1)
             else:
                 k_scale = scale_of_key(descales.k, kept(smem, k_descale_base), n_start)
@@ -287,7 +288,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
 
             j = accumulator_column()
             if key_scales:
-                scale_keys(s_acc, smem, k_of_keys + j)
+                scale_keys(s_acc, smem, k_of_keys + place_of_column(j))
             row = q_scales_smem + accumulator_row(rows_per_warp)
             for r in range(rows):
                 scales[r] = bits_as_float(ld_shared_u32(smem, row + ROW_STEP * r)) * k_scale
@@ -307,10 +308,10 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
 
             # P = softmax(S), O += P V
             if key_scales:
-                add_v_scales(s_acc, scales, smem, v_log2_of_keys + j)
+                add_v_scales(s_acc, scales, smem, v_log2_of_keys + place_of_column(j))
                 for r in range(rows):
                     scales[r] = f32(1)
-            v_inverse = v_inverse_of_keys + j
+            v_inverse = v_inverse_of_keys + place_of_column(j)
             tile_softmax(s_acc, row_max, row_sum, o_acc, scales, weights, smem, v_inverse)
             for r in range(rows):
                 weights[r] *= v_scale

@@ -26,10 +26,10 @@ The main loop in machine code, a warpgroup and a tile (bfloat16, head_dim 128, 6
      32 MUFU, FFMA       P from S and lse; 8 LDS for lse and delta
      32 FFMA, FMUL       dS from P, dP and delta; 32 F2FP
       4 STSM, 8 STS      dS transposed, and dQ of the tile before
-    238 others           descriptors of products most of all; 450 in all
+    170 others           descriptors of products most of all; 382 in all
 
-At head_dim 64, in tiles of 64 x 192, the warpgroup with dQ issues 422 for 896 clocks, each of the
-other two 326 for 512.
+At head_dim 64, in tiles of 64 x 192, the warpgroup with dQ issues 367 for 896 clocks, each of the
+other two 286 for 512.
 
 Tiles may be those of lists: of sequences with lengths of their own, or of a block mask.
 
@@ -54,7 +54,12 @@ from numflash.kernels.arguments import (
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.mma.queries import make_steps_of_heads
 from numflash.kernels.wgmma.channels import make_channel
-from numflash.kernels.wgmma.gradient_ring import channels_of, make_run_block, matrix_of
+from numflash.kernels.wgmma.gradient_ring import (
+    channels_of,
+    make_operand_of,
+    make_run_block,
+    matrix_of,
+)
 from numflash.kernels.wgmma.queries import make_assist, make_finish, make_produce, make_walk_of
 from numflash.ptx import (
     TensorMap,
@@ -275,6 +280,7 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of)
         _make_tile(config, traits, channels, False, x) for x in (True, False)
     )
     leave_dq = _make_leave_dq(config, traits, channels)
+    slab_words = tile_m * SLAB_BYTES // 4
     finish_dk = make_finish(traits, walk_of, traits.head_dim)
     finish_dv = make_finish(traits, walk_of, traits.head_dim_v)
 
@@ -298,7 +304,10 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of)
         if place.start + tile_n > sequence.seqlen_k:
             # Rows of K past the end are zeros, whose P may be infinite: every tile is masked.
             whole = Whole(whole.first, i32(-1))
-        owned = OwnedKeys(place.start, whole, sequence, from_keys), place.batch, mask
+        keys = OwnedKeys(place.start, whole, sequence, from_keys)
+        # Kept, because it is long to compute: this thread's word in a buffer of dS.
+        ds_place = i32(mov_tid_x() // WARPGROUP * slab_words + transposed_place())
+        owned = keys, place.batch, mask, ds_place
         for i in range(n_dk):
             dk_acc[i] = f32(0)
         for i in range(n_dv):
@@ -334,7 +343,6 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of)
                     next_without(arrays, smem, barriers, owned, at, step, head, scores)
                     stage, parity = Q.following(stage, parity)
                     number = i32(number + 1)
-
         row = accumulator_row(MMA_ROWS)
         finish_dv(dv_acc, dv, row, shape.head_dim_v, mask, shape)
         finish_dk(dk_acc, dk, row, shape.head_dim, mask, shape)
@@ -359,6 +367,7 @@ def _make_leave_dq(config: Sm90BackwardConfig, traits: Traits, channels):
         buffer, parity = dq_buffer(number)
         # Hazard: this dQ would overwrite one that a bulk copy still reads.
         DQ.claim(barriers, buffer, u32(parity ^ u32(1)))
+        # Computed again in each tile: kept, it would be counted up with the buffers.
         mine = mov_tid_x() // WARPGROUP * part + mov_tid_x() % WARPGROUP * 4
         store_steps(0, dq_acc, smem, i32(dq_smem + buffer * words + mine))
         # Hazard: the bulk copy would not see these writes.
@@ -373,31 +382,29 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
     """tile(arrays, smem, barriers, owned, at, step, head, scores): the work on a tile of queries.
 
     `adds` says that this warpgroup computes dQ, `is_first` that no tile was before. `owned` are
-    the block's `OwnedKeys`, its batch entry and the mask, `at` the tile's number, its stage and
-    the parity of the stage's phase.
+    the block's `OwnedKeys`, its batch entry, the mask, and this thread's word in a buffer of dS;
+    `at` are the tile's number, its stage and the parity of the stage's phase.
     """
     _, Q, DO, ROWS, _ = channels
     tile_m, tile_n, dtype = config.tile_m, config.tile_n, traits.dtype
     n_tiles, n_scores = tile_m // 8, tile_m // 2
-    n_dk, n_dv, dq_columns = (
-        traits.head_dim // 2,
-        traits.head_dim_v // 2,
-        config.dq_columns(traits),
+    n_dk, n_dv = traits.head_dim // 2, traits.head_dim_v // 2
+    dq_columns = config.dq_columns(traits)
+    q_of, do_of, k_of, v_of = (
+        make_operand_of(matrix_of(config, traits, name)) for name in ("q", "do", "k", "v")
     )
-    q, do, k, v = (matrix_of(config, traits, name).buffers for name in ("q", "do", "k", "v"))
     offsets = config.smem_offsets(traits)
     lse_smem, delta_smem, ds_smem = offsets["lse"], offsets["delta"], offsets["ds"]
     ds_words, num_consumers = config.tiles(traits)["ds"] // 2, 32 * config.num_warps
-    slab_words = ds_words // config.num_warpgroups
     # Operands count in units of 16 bytes.
-    q_step, do_step, ds_step = q.words >> 2, do.words >> 2, ds_words >> 2
-    group_step = WARPGROUP_ROWS * SLAB_BYTES >> 4
-    # Where this warpgroup's dQ begins in dS and in K.
-    by_columns = dq_columns < traits.head_dim
-    ds_part = group_step if tile_m > WARPGROUP_ROWS else 0
-    k_part = dq_columns // WARPGROUP_ROWS * (tile_n * SLAB_BYTES >> 4) if by_columns else 0
-    owned_operand = products.make_operand(tile_n * SLAB_BYTES)
-    operand = products.make_operand(tile_m * SLAB_BYTES)
+    ds_step, group_step = ds_words >> 2, WARPGROUP_ROWS * SLAB_BYTES >> 4
+    ds_of = products.make_operand(tile_m * SLAB_BYTES, ds_smem)
+    # Two stages come in turn as the two buffers of dS do.
+    alternates = config.num_stages == 2
+    # From one warpgroup's dQ to the next one's in dS and in K; a single warpgroup is the first.
+    by_queries = tile_m > WARPGROUP_ROWS
+    ds_part = group_step if by_queries else 0
+    k_step = 0 if by_queries else dq_columns // WARPGROUP_ROWS * (tile_n * SLAB_BYTES >> 4)
     begin_s = products.make_product_nt(dtype, tile_n, tile_m, tile_m, traits.head_dim)
     begin_dp = products.make_product_nt(dtype, tile_n, tile_m, tile_m, traits.head_dim_v)
     begin_dv = products.make_product_pn(dtype, tile_m, traits.head_dim_v)
@@ -425,28 +432,28 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
     @device_function
     def tile(arrays, smem, barriers, owned, at, step, head, scores):
         s_acc, dp_acc, slopes, p_packed, ds_packed, kept, dk_acc, dv_acc, dq_acc = arrays
-        keys, batch, mask = owned
+        keys, batch, mask, ds_place = owned
         number, stage, parity = at
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
         # Computed again in each tile: kept, descriptors would take registers.
         group = group_of_thread()
-        k_all = owned_operand(mov_shared_address(smem, k.first))
-        v_mine = owned_operand(mov_shared_address(smem, v.first)) + group * group_step
-        q_now = u32(operand(mov_shared_address(smem, q.first)) + stage * q_step)
-        do_now = u32(operand(mov_shared_address(smem, do.first)) + stage * do_step)
-        own = i32(tile_m * stage + mov_tid_x() % 4 * 4)
+        start = mov_shared_address(smem, 0)
+        k_mine = products.advance(k_of(start, 0), group, group_step)
+        v_mine = products.advance(v_of(start, 0), group, group_step)
+        q_now, do_now = q_of(start, stage), do_of(start, stage)
+        own = tile_m * stage + mov_tid_x() % 4 * 4
         # S^T = K Q^T
         # Hazard: S would be made of a Q that has not arrived.
         Q.wait(barriers, stage, parity)
-        begin_s(s_acc, u32(k_all + group * group_step), q_now)
+        begin_s(s_acc, k_mine, q_now)
         if leaves_dq:
             leave_dq(dq_acc, smem, barriers, i32(number - 1))
         # dP^T = V dO^T
         # Hazard: dP would be made of a dO that has not arrived.
         DO.wait(barriers, stage, parity)
-        begin_dp(dp_acc, u32(v_mine), do_now)
+        begin_dp(dp_acc, v_mine, do_now)
         m_tile, is_full = tile_at(mask, step)
         m_start, args = i32(m_tile * tile_m), args_of_head(scores, batch, head)
         draw(kept, keys, m_start, args.drawn)
@@ -456,7 +463,7 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
         wait_for_s(s_acc)
         shape_scores(s_acc, slopes, keys, m_start, is_full, scores, args)
         # dV += P^T dO
-        probabilities(s_acc, smem, i32(lse_smem + own), scale_log2)
+        probabilities(s_acc, smem, lse_smem + own, scale_log2)
         pack_kept(p_packed, s_acc, kept)
         begin_dv(dv_acc, p_packed, do_now)
         # dS = P * (softmax_scale dP - delta), dK += dS^T Q
@@ -464,11 +471,10 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
         # Hazard: the product still writes dP.
         wait_for_dp(dp_acc)
         drop(dp_acc, kept)
-        gradients(s_acc, dp_acc, smem, i32(delta_smem + own), scores.softmax_scale)
+        gradients(s_acc, dp_acc, smem, delta_smem + own, scores.softmax_scale)
         pack(ds_packed, dp_acc)
-        ds_now = number & 1
-        slab = ds_smem + ds_now * ds_words + group * slab_words
-        store_ds(ds_packed, smem, i32(slab + transposed_place()))
+        ds_now = stage if alternates else number & 1
+        store_ds(ds_packed, smem, ds_smem + ds_now * ds_words + ds_place)
         # Hazard: products would not see these writes.
         fence_proxy_async()
         begin_dk(dk_acc, ds_packed, q_now)
@@ -476,8 +482,9 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
         bar_sync(_COMPLETE, num_consumers)
         if adds:
             # dQ = dS K
-            ds = operand(mov_shared_address(smem, ds_smem)) + ds_now * ds_step + group * ds_part
-            begin_dq(dq_acc, u32(ds), u32(k_all + group * k_part))
+            ds = products.advance(ds_of(start), ds_now, ds_step)
+            k_part = products.advance(k_of(start, 0), group, k_step)
+            begin_dq(dq_acc, products.advance(ds, group, ds_part), k_part)
         # Hazard: the product still reads P, and dO, which is given back.
         wait_for_dv(dv_acc)
         DO.release(barriers, stage)

@@ -31,6 +31,7 @@ from numflash.kernels.wgmma.gradient_ring import (
 )
 from numflash.kernels.wgmma.queries import make_assist, make_finish, make_produce, make_walk_of
 from numflash.ptx import TensorMap, cuda, device_function, f32, i32, mov_ctaid_x, mov_tid_x, u32
+from numflash.ptx.memory import mov_shared_address
 from numflash.ptx.wgmma import make_wgmma_wait_group
 from numflash.tiles import blocks, features, steps
 from numflash.tiles.division import quotient
@@ -157,19 +158,19 @@ def _make_consume(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk
         stage, parity = i32(0), u32(0)
         for _ in range(num_steps):
             # Computed again in each tile: kept, descriptors would take registers.
-            group = group_of_thread()
-            k_mine = k_of(smem, 0) + group * group_step
-            v_mine = v_of(smem, 0) + group * group_step
-            q_now = q_of(smem, stage)
-            do_now = do_of(smem, stage)
-            own = i32(tile_m * stage + mov_tid_x() % 4 * 4)
+            group, start = group_of_thread(), mov_shared_address(smem, 0)
+            k_mine = products.advance(k_of(start, 0), group, group_step)
+            v_mine = products.advance(v_of(start, 0), group, group_step)
+            q_now = q_of(start, stage)
+            do_now = do_of(start, stage)
+            own = tile_m * stage + mov_tid_x() % 4 * 4
             # S^T = K Q^T, dP^T = V dO^T
             # Hazard: S would be made of a Q that has not arrived.
             Q.wait(barriers, stage, parity)
-            begin_s(s_acc, u32(k_mine), q_now)
+            begin_s(s_acc, k_mine, q_now)
             # Hazard: dP would be made of a dO that has not arrived.
             DO.wait(barriers, stage, parity)
-            begin_dp(dp_acc, u32(v_mine), do_now)
+            begin_dp(dp_acc, v_mine, do_now)
             tile, is_full = tile_at(mask, step)
             m_start, args = i32(tile * tile_m), args_of_head(scores, place.batch, head)
             draw(kept, keys, m_start, args.drawn)
@@ -179,7 +180,7 @@ def _make_consume(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk
             wait_for_s(s_acc)
             shape_scores(s_acc, slopes, keys, m_start, is_full, scores, args)
             # dV += P^T dO
-            probabilities(s_acc, smem, i32(lse_smem + own), scale_log2)
+            probabilities(s_acc, smem, lse_smem + own, scale_log2)
             pack_kept(p_packed, s_acc, kept)
             begin_dv(dv_acc, p_packed, do_now)
             # dS = P * (softmax_scale dP - delta), dK += dS^T Q
@@ -187,7 +188,7 @@ def _make_consume(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk
             # Hazard: the product still writes dP.
             wait_for_dp(dp_acc)
             drop(dp_acc, kept)
-            gradients(s_acc, dp_acc, smem, i32(delta_smem + own), scores.softmax_scale)
+            gradients(s_acc, dp_acc, smem, delta_smem + own, scores.softmax_scale)
             pack(ds_packed, dp_acc)
             begin_dk(dk_acc, ds_packed, q_now)
             # Hazard: the product still reads P, and dO, which is given back.

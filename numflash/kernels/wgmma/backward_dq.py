@@ -25,6 +25,7 @@ from numflash.kernels.wgmma.gradient_ring import (
 from numflash.kernels.wgmma.origins import make_origins_of_gradients
 from numflash.ptx import TensorMap, cuda, device_function, f32, i32, mov_ctaid_x, u32
 from numflash.ptx.bulk_copies import EVICT_FIRST, EVICT_LAST, prefetch_tensormap
+from numflash.ptx.memory import mov_shared_address
 from numflash.ptx.wgmma import make_wgmma_wait_group
 from numflash.tiles import addresses, blocks, features, sequences
 from numflash.tiles.addresses import first_of_rows
@@ -139,12 +140,12 @@ def _make_produce(config: Sm90BackwardDqConfig, traits: Traits, channels, walk_o
             K.claim(barriers, stage, parity)
             # Hazard: K would count as full before all of its slabs have arrived.
             K.expect(barriers, stage, k_bytes)
-            fetch_k(smem, barriers, K.full + stage, k_map, stage, at_k, head_kv, of_k.entry)
+            fetch_k(smem, barriers, i32(K.full + stage), k_map, stage, at_k, head_kv, of_k.entry)
             # Hazard: this V would overwrite the one that a warpgroup still multiplies.
             V.claim(barriers, stage, parity)
             # Hazard: V would count as full before all of its slabs have arrived.
             V.expect(barriers, stage, v_bytes)
-            fetch_v(smem, barriers, V.full + stage, v_map, stage, at_v, head_kv, of_v.entry)
+            fetch_v(smem, barriers, i32(V.full + stage), v_map, stage, at_v, head_kv, of_v.entry)
             stage, parity = K.following(stage, parity)
 
     return produce
@@ -217,18 +218,18 @@ def _make_consume(config: Sm90BackwardDqConfig, traits: Traits, channels, walk_o
         stage, parity = i32(0), u32(0)
         for step in range(begin, end):
             # Computed again in each tile: kept, descriptors would take registers.
-            group = group_of_thread()
-            q_mine = q_of(smem, 0) + group * group_step
-            do_mine = do_of(smem, 0) + group * group_step
-            k_now = k_of(smem, stage)
-            v_now = v_of(smem, stage)
+            group, start = group_of_thread(), mov_shared_address(smem, 0)
+            q_mine = products.advance(q_of(start, 0), group, group_step)
+            do_mine = products.advance(do_of(start, 0), group, group_step)
+            k_now = k_of(start, stage)
+            v_now = v_of(start, stage)
             # S = Q K^T, dP = dO V^T
             # Hazard: S would be made of a K that has not arrived.
             K.wait(barriers, stage, parity)
-            begin_s(s_acc, u32(q_mine), k_now)
+            begin_s(s_acc, q_mine, k_now)
             # Hazard: dP would be made of a V that has not arrived.
             V.wait(barriers, stage, parity)
-            begin_dp(dp_acc, u32(do_mine), v_now)
+            begin_dp(dp_acc, do_mine, v_now)
             tile, is_full = tile_at(mask, step)
             n_start = i32(tile * tile_n)
             i = i32(m_start + accumulator_row(MMA_ROWS))

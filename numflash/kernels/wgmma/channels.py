@@ -143,3 +143,35 @@ def make_channel(
     return Channel(
         full, empty, init, claim, expect, filled, wait, release, gather, skip, following
     )
+
+
+@cache
+def make_no_channel():
+    """The channel of no buffers: its verbs do nothing."""
+
+    @device_function
+    def of_all(barriers):
+        pass
+
+    @device_function
+    def of_stage(barriers, stage):
+        pass
+
+    @device_function
+    def of_phase(barriers, stage, parity_or_bytes):
+        pass
+
+    @device_function
+    def gather(group):
+        pass
+
+    @device_function
+    def skip(barriers, group, stage, parity):
+        pass
+
+    @device_function
+    def following(stage, parity):
+        return stage, parity
+
+    of_filling = of_phase, of_phase, of_stage
+    return Channel(0, 0, of_all, *of_filling, of_phase, of_stage, gather, skip, following)

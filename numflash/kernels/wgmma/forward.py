@@ -89,7 +89,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
 
 
 def make_attend(config: Sm90ForwardConfig, traits: Traits):
-    """attend(barriers, at, rows, sums, scale_log2, scores, args, keys, stages)
+    """attend(smem, barriers, at, rows, sums, scale_log2, scores, args, keys, stages)
 
     O += softmax(Q K^T) V over the tiles of keys that a warpgroup's rows see; see `skeleton`.
     """
@@ -114,10 +114,10 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         """Operand Q of a warpgroup; of long rows computed again, or all its steps are kept."""
         if rows_are_long:
             group = group_of_thread()
-        return u32(q + group * q_step)
+        return products.advance(q, group, q_step)
 
     @device_function
-    def attend(barriers, at, rows, sums, scale_log2, scores, args, keys, stages):
+    def attend(smem, barriers, at, rows, sums, scale_log2, scores, args, keys, stages):
         stage, parity = stages[0], stages[1]
         s_acc, p_frag = cuda.local.array(n_scores, f32), cuda.local.array(n_p, u32)
         limits, shifts = cuda.local.array(2, f32), cuda.local.array(2, f32)
@@ -130,7 +130,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         take_turn(group)
         # Hazard: S would be made of a K that has not arrived.
         K.wait(barriers, stage, parity)
-        begin_q_k(s_acc, q_of(at.q, group), u32(at.k + stage * k_step))
+        begin_q_k(s_acc, q_of(at.q, group), products.advance(at.k, stage, k_step))
         pass_turn(group)
         # Hazard: the tensor cores still write S, and read K.
         wait_for_s(s_acc)
@@ -152,10 +152,10 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             if overlap:
                 # Hazard: S would be made of the K of a tile before.
                 K.wait(barriers, stage, parity)
-                begin_q_k(s_acc, q_of(at.q, group), u32(at.k + stage * k_step))
+                begin_q_k(s_acc, q_of(at.q, group), products.advance(at.k, stage, k_step))
             # Hazard: O would get a V that has not arrived.
             V.wait(barriers, v_stage, v_parity)
-            begin_p_v(o_acc, p_frag, u32(at.v + v_stage * v_step))
+            begin_p_v(o_acc, p_frag, products.advance(at.v, v_stage, v_step))
             if not overlap:
                 # Hazard: the tensor cores still write O, and read P and V.
                 wait_for_o(o_acc)
@@ -163,7 +163,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
                 V.release(barriers, v_stage)
                 # Hazard: S would be made of the K of a tile before.
                 K.wait(barriers, stage, parity)
-                begin_q_k(s_acc, q_of(at.q, group), u32(at.k + stage * k_step))
+                begin_q_k(s_acc, q_of(at.q, group), products.advance(at.k, stage, k_step))
             pass_turn(group)
             if overlap:
                 # Hazard: the tensor cores still write S. P V, begun after it, may go on.
@@ -195,7 +195,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         v_stage, v_parity = stages[-2], stages[-1]
         # Hazard: O would get a V that has not arrived.
         V.wait(barriers, v_stage, v_parity)
-        begin_p_v(o_acc, p_frag, u32(at.v + v_stage * v_step))
+        begin_p_v(o_acc, p_frag, products.advance(at.v, v_stage, v_step))
         # Hazard: `finish` reads O.
         wait_for_o(o_acc)
         # Hazard: before this wait for O the next V would have overwritten this one.

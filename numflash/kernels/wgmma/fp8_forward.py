@@ -3,17 +3,19 @@
 The block is that of `forward` (`skeleton`), the numerics are those of `kernels.mma.fp8_forward`:
 P is e4m3 in units of its tile's largest score. A tile's P V goes to accumulators `part_acc` of its
 own, and is added to O in float32 with its weight. So it does not matter that FP8 tensor cores are
-reported to add with 14 bits, and the scales of V cost nothing.
+reported to add with 14 bits, and the scale of V of a tile costs nothing.
 
 e4m3 products read both operands along k, which for P V are the keys: V comes with tokens
 innermost, in the order in which P leaves the accumulators. Results of more than 128 columns are
-added in parts of 64. A tile of keys has one scale of K and one of V; where they change within,
-`kernels.mma.fp8_forward` runs.
+added in parts of 64. A tile of keys has one scale of K and one of V. Where they change within, a
+stage of keys has its scales in shared memory (`key_scales`), and P holds V's.
 
 A tile of 128 keys costs a warpgroup, at head_dim 128 with overlap and pingpong, 512 clocks of the
 tensor cores (8 QGMMA), 528 of the special-function units (66 exponentials, two of them for the
 weights) and 487 instructions of each scheduler, 64 FFMA of them to add the tile's share to O: the
-clocks that 16 bits leave free are about used up. No GPU has timed it yet.
+clocks that 16 bits leave free are about used up. Where keys have scales of their own, 64 FMUL, 64
+FFMA and 24 LDS come in addition. Then the schedulers bound it, not the tensor cores, by 627
+instructions without overlap, for which there are no registers. No GPU has timed any of it yet.
 
 Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
 """
@@ -23,6 +25,7 @@ from typing import NamedTuple
 from numflash.configs import WARPGROUP_ROWS, Sm90Fp8ForwardConfig, Traits
 from numflash.kernels.arguments import Descales, Layout, Part, Pointer, Shape, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
+from numflash.kernels.wgmma.key_scales import make_assist
 from numflash.kernels.wgmma.ring import make_ring
 from numflash.kernels.wgmma.skeleton import make_skeleton
 from numflash.ptx import TensorMap, cuda, device_function, f32, i32, u16, u32
@@ -30,7 +33,14 @@ from numflash.ptx.wgmma import make_wgmma_wait_group
 from numflash.tiles import features, steps
 from numflash.tiles.addresses import first_of_head, token_of_row
 from numflash.tiles.mma.fp8_operands import scale_of_key
-from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_row
+from numflash.tiles.mma.fp8_softmax import KeyScales, make_add_v_scales, make_scale_keys
+from numflash.tiles.mma.fragments import (
+    MMA_ROWS,
+    ROW_STEP,
+    accumulator_column,
+    accumulator_row,
+    place_of_column,
+)
 from numflash.tiles.mma.softmax import make_scale_rows
 from numflash.tiles.portable.softmax import LOG2_E
 from numflash.tiles.wgmma import fp8, products, turns
@@ -52,7 +62,9 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
     """The forward kernel for one config; see the module's docstring."""
     out_storage = f32 if config.num_splits > 1 or traits.float32_out else u16
     look_up, attend = _make_look_up(traits), make_attend(config, traits)
-    run_block = make_skeleton(config, traits, look_up, attend, config.stage_n // config.tile_n)
+    assist = make_assist(config, traits) if traits.key_scales else None
+    tiles_per_stage = config.stage_n // config.tile_n
+    run_block = make_skeleton(config, traits, look_up, attend, tiles_per_stage, assist)
 
     def forward(
         out: Part[out_storage],  # (split, batch, seqlen_q, num_heads_q, head_dim_v)
@@ -105,13 +117,13 @@ def _make_look_up(traits: Traits):
 
 
 def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
-    """attend(barriers, at, rows, sums, _, arguments, known, keys, stages)
+    """attend(smem, barriers, at, rows, sums, _, arguments, known, keys, stages)
 
     O += softmax(Q K^T) V over the stages of keys that a warpgroup's rows see; see `skeleton`. A
     stage holds one tile of keys, or two. `known` are the `RowScales`.
     """
     ring, tile_n, overlap = make_ring(config, traits), config.tile_n, config.overlap
-    K, V, tile_at = ring.K, ring.V, steps.make_tile_at(traits, tile_n)
+    K, V, SCALES, tile_at = ring.K, ring.V, ring.SCALES, steps.make_tile_at(traits, tile_n)
     tiles_per_stage = config.stage_n // tile_n
     last_of_stage = tiles_per_stage - 1
     part_columns, bends = config.part_columns(traits), traits.shapes_scores
@@ -131,60 +143,86 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
     wait_for_part = make_wgmma_wait_group(0, n_part)
     add_part = fp8.make_add_part(part_columns // 8)
     scale_s_rows, scale_rows = make_scale_rows(1, n_tiles), make_scale_rows(1, o_tiles)
-    shape_scores, tile_softmax = make_shape_scores(tile_n, traits), fp8.make_tile_softmax(n_tiles)
-    pack_p = fp8.make_pack(n_tiles)
+    shape_scores, pack_p = make_shape_scores(tile_n, traits), fp8.make_pack(n_tiles)
+    key_scales, scale_words = traits.key_scales, ring.scales.words
+    of_keys = KeyScales(ring.scales.first, config.stage_n)
+    of_k, of_v_log2, of_v_inverse = of_keys.k, of_keys.v_log2, of_keys.v_inverse
+    scale_keys, add_v_scales = make_scale_keys(1, n_tiles), make_add_v_scales(1, n_tiles)
+    tile_softmax = fp8.make_tile_softmax(n_tiles, key_scales)
 
     @device_function
     def q_of(q):
         """Operand Q of this warpgroup, computed again: its many steps would be kept otherwise."""
-        return u32(q + group_of_thread() * q_step)
+        return products.advance(q, group_of_thread(), q_step)
 
     @device_function
     def k_of(k, stage, tile):
         """Operand K of one of the tiles of a stage."""
-        return u32(k + stage * k_step + tile * k_tile_step)
+        return products.advance(products.advance(k, stage, k_step), tile, k_tile_step)
 
     @device_function
     def v_of(v, stage, tile):
         """Operand V of one of the tiles of a stage."""
-        return u32(v + stage * v_step + tile * v_tile_step)
+        return products.advance(products.advance(v, stage, v_step), tile, v_tile_step)
 
     @device_function
     def scales_of_tile(descales, known, n_start, end):
-        """The scales of K and V; the last tile of a stage may be beyond all keys."""
+        """The scales of K and V, if not of keys; the last tile may be beyond all keys."""
+        if key_scales:
+            return f32(1), f32(1)
         key = i32(min(n_start, end - 1)) if last_of_stage else n_start
         return scale_of_key(descales.k, known.k_first, key), scale_of_key(
             descales.v, known.v_first, key
         )
 
     @device_function
-    def softmax(s_acc, running, factors, weights, rows, tile, k_scale, arguments, known):
+    def scales_at(smem, stage, tile):
+        """Where a thread finds the scales of its keys of a tile."""
+        within = i32(tile * tile_n + place_of_column(accumulator_column()))
+        return smem, i32(stage * scale_words + within)
+
+    @device_function
+    def softmax(s_acc, running, factors, weights, rows, tile, k_scale, arguments, known, of_tile):
         """S -> P and the weights of P V; whether O must be multiplied by the factors before.
 
         `tile` is its first key, and `is_full` as in `tiles.scores.Corner`.
         """
-        scores = arguments[1]
+        scores, (smem, at) = arguments[1], of_tile
         scales = cuda.local.array(2, f32)
         scales[0], scales[1] = known.q[0] * k_scale, known.q[1] * k_scale
+        if key_scales:
+            scale_keys(s_acc, smem, i32(of_k + at))
         if bends:
             # Softcap and ALiBi take scores that are scaled.
             scale_s_rows(s_acc, scales)
             scales[0], scales[1] = LOG2_E, LOG2_E
         n_start, is_full = tile
         shape_scores(s_acc, rows, n_start, is_full, f32(1), scores, known.args)
-        return tile_softmax(s_acc, running, factors, scales, weights)
+        if key_scales:
+            add_v_scales(s_acc, scales, smem, i32(of_v_log2 + at))
+            scales[0], scales[1] = f32(1), f32(1)
+        return tile_softmax(s_acc, running, factors, scales, weights, smem, i32(of_v_inverse + at))
+
+    @device_function
+    def give_scales(barriers, group, stage, tile):
+        """Give the scales of a stage back once its last tile has used them."""
+        if tile == last_of_stage:
+            # Hazard: no product holds lanes together here; one may not have read the last scales.
+            SCALES.gather(group)
+            # Hazard: before the last tile has been scaled the next scales would overwrite these.
+            SCALES.release(barriers, stage)
 
     @device_function
     def add_tile(o_acc, part_acc, p_frag, v_operand, weights):
         """O += weights * (P V), begun and waited for."""
         for part in range(num_parts):
-            begin_p_v(part_acc, p_frag, u32(v_operand + part * part_step))
+            begin_p_v(part_acc, p_frag, products.behind(v_operand, part * part_step))
             # Hazard: the tensor cores still write this part, and read P and V.
             wait_for_part(part_acc)
             add_part(o_acc, n_part * part, part_acc, weights)
 
     @device_function
-    def attend(barriers, at, rows, sums, _, arguments, known, keys, stages):
+    def attend(smem, barriers, at, rows, sums, _, arguments, known, keys, stages):
         stage, parity = stages
         s_acc, p_frag = cuda.local.array(n_scores, f32), cuda.local.array(n_p, u32)
         part_acc = cuda.local.array(n_part, f32)
@@ -210,7 +248,11 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
             # Hazard: before the last tile has been read the next K would overwrite it.
             K.release(barriers, stage)
         keys_of_tile = n_start, is_full
-        softmax(s_acc, running, factors, weights, rows, keys_of_tile, k_scale, arguments, known)
+        # Hazard: scores would be scaled by scales that are not there yet.
+        SCALES.wait(barriers, stage, parity)
+        about = arguments, known, scales_at(smem, stage, tile)
+        softmax(s_acc, running, factors, weights, rows, keys_of_tile, k_scale, *about)
+        give_scales(barriers, group, stage, tile)
         weights[0], weights[1] = weights[0] * v_scale, weights[1] * v_scale
         pack_p(p_frag, s_acc)
 
@@ -255,17 +297,13 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
 
             # P = softmax(S) of tile n, with overlap beside P V of tile n - 1
             keys_of_tile = n_start, is_full
+            # Hazard: scores would be scaled by the scales of a stage before.
+            SCALES.wait(barriers, stage, parity)
+            about = arguments, known, scales_at(smem, stage, tile)
             has_grown = softmax(
-                s_acc,
-                running,
-                factors,
-                next_weights,
-                rows,
-                keys_of_tile,
-                k_scale,
-                arguments,
-                known,
+                s_acc, running, factors, next_weights, rows, keys_of_tile, k_scale, *about
             )
+            give_scales(barriers, group, stage, tile)
             if overlap:
                 softmax_before_wait(row_sum[0], row_sum[1])
                 # Hazard: P would change under the product, which still writes its part of O.

@@ -12,9 +12,8 @@ from numflash.kernels.wgmma.channels import Channel, make_channel
 from numflash.kernels.wgmma.ring import SLAB_WORDS, Buffers
 from numflash.ptx import cuda, device_function, i32, mov_tid_x, u32, u64
 from numflash.ptx.bulk_copies import cp_async_bulk_tensor_4d
-from numflash.ptx.memory import mov_shared_address
 from numflash.ptx.warpgroups import elect_sync, fence_mbarrier_init, make_setmaxnreg
-from numflash.tiles.wgmma.products import SLAB_BYTES, make_operand
+from numflash.tiles.wgmma.products import SLAB_BYTES, advance, make_operand
 
 _SLAB_ELEMENTS = 64
 
@@ -45,17 +44,18 @@ def matrix_of(config, traits, name: str) -> Matrix:
 
 @cache
 def make_operand_of(matrix: Matrix):
-    """operand_of(smem, stage): the operand of products that the buffer `stage` holds.
+    """operand_of(start, stage): the operand of products that the buffer `stage` holds.
 
-    To be computed again in each tile: kept, descriptors would take registers.
+    `start` is the address of the block's shared memory, asked for again in each tile: kept,
+    descriptors would take registers.
     """
     first, words = matrix.buffers
     # Operands count in units of 16 bytes.
-    operand, step = make_operand(matrix.rows * SLAB_BYTES), words >> 2
+    operand, step = make_operand(matrix.rows * SLAB_BYTES, first), words >> 2
 
     @device_function
-    def operand_of(smem, stage):
-        return u32(operand(mov_shared_address(smem, first)) + stage * step)
+    def operand_of(start, stage):
+        return advance(operand(start), stage, step)
 
     return operand_of
 

@@ -19,8 +19,8 @@ from numflash.tiles import addresses, blocks, sequences, steps
 from numflash.tiles.addresses import first_of_rows
 from numflash.tiles.mma import copies
 from numflash.tiles.mma.elements import MMA_ELEMENTS
+from numflash.tiles.mma.fragments import place_of_column
 from numflash.tiles.sequences import last_of, seen_from_keys, tiles_seen
-from numflash.tiles.wgmma.gradients import place_of_query
 
 
 def make_walk_of(config, traits: Traits, place_of_keys=None):
@@ -85,12 +85,12 @@ def make_produce(config, traits: Traits, channels, walk_of):
             Q.claim(barriers, stage, parity)
             # Hazard: Q would count as full before all of its slabs have arrived.
             Q.expect(barriers, stage, q_bytes)
-            fetch_q(smem, barriers, Q.full + stage, q_map, stage, at_q, head, of_q.entry)
+            fetch_q(smem, barriers, i32(Q.full + stage), q_map, stage, at_q, head, of_q.entry)
             # Hazard: this dO would overwrite the one that a warpgroup still multiplies.
             DO.claim(barriers, stage, parity)
             # Hazard: dO would count as full before all of its slabs have arrived.
             DO.expect(barriers, stage, do_bytes)
-            fetch_do(smem, barriers, DO.full + stage, do_map, stage, at_do, head, of_do.entry)
+            fetch_do(smem, barriers, i32(DO.full + stage), do_map, stage, at_do, head, of_do.entry)
             stage, parity = Q.following(stage, parity)
             step, head, end = next_step(walk, step, head, end)
 
@@ -125,7 +125,7 @@ def make_assist(config, traits: Traits, channels, walk_of):
             first = first_of_statistics(batch, head, shape) + sequence.first_q
             # Hazard: these would overwrite the statistics that a warpgroup still reads.
             ROWS.claim(barriers, stage, parity)
-            i, at = i32(tile * tile_m + thread), i32(tile_m * stage + place_of_query(thread))
+            i, at = i32(tile * tile_m + thread), i32(tile_m * stage + place_of_column(thread))
             first += i
             left = i32(sequence.seqlen_q - i)
             for part in range(parts):

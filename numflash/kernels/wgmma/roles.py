@@ -37,6 +37,7 @@ from numflash.kernels.mma.queries import make_steps_of_heads
 from numflash.kernels.wgmma.gradient_ring import make_operand_of, matrix_of
 from numflash.kernels.wgmma.queries import make_finish
 from numflash.ptx import cuda, device_function, f32, i32, mov_tid_x, u32
+from numflash.ptx.memory import mov_shared_address
 from numflash.ptx.wgmma import make_wgmma_wait_group
 from numflash.tiles import features, steps
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_row
@@ -134,7 +135,8 @@ def _make_own_dv(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk_
             OWNED.wait(barriers, 0, u32(0))
         stage, parity = i32(0), u32(0)
         for _ in range(num_steps):
-            k_all, q_now, do_now = k_of(smem, 0), q_of(smem, stage), do_of(smem, stage)
+            start = mov_shared_address(smem, 0)
+            k_all, q_now, do_now = k_of(start, 0), q_of(start, stage), do_of(start, stage)
             # S^T = K Q^T
             # Hazard: S would be made of a Q that has not arrived.
             Q.wait(barriers, stage, parity)
@@ -147,7 +149,7 @@ def _make_own_dv(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk_
             # Hazard: the product still writes S.
             wait_for_s(s_acc)
             shape_scores(s_acc, slopes, keys, m_start, is_full, scores, args)
-            lse = i32(lse_smem + tile_m * stage + mov_tid_x() % 4 * 4)
+            lse = lse_smem + tile_m * stage + mov_tid_x() % 4 * 4
             probabilities(s_acc, smem, lse, scale_log2)
             pack_kept(packed, s_acc, kept)
             # dV += P^T dO
@@ -216,7 +218,8 @@ def _make_own_dk(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk_
             OWNED.wait(barriers, 0, u32(0))
         stage, parity = i32(0), u32(0)
         for _ in range(num_steps):
-            v_all, q_now, do_now = v_of(smem, 0), q_of(smem, stage), do_of(smem, stage)
+            start = mov_shared_address(smem, 0)
+            v_all, q_now, do_now = v_of(start, 0), q_of(start, stage), do_of(start, stage)
             # dP^T = V dO^T
             # Hazard: dP would be made of a dO that has not arrived.
             DO.wait(barriers, stage, parity)
@@ -230,7 +233,7 @@ def _make_own_dk(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk_
             wait_for_dp(dp_acc)
             drop(dp_acc, kept)
             # dS = P * (softmax_scale dP - delta), dK += dS^T Q
-            delta = i32(delta_smem + tile_m * stage + mov_tid_x() % 4 * 4)
+            delta = delta_smem + tile_m * stage + mov_tid_x() % 4 * 4
             gradients(p_acc, dp_acc, smem, delta, scores.softmax_scale)
             pack(packed, dp_acc)
             # Hazard: dK would get a Q that has not arrived.

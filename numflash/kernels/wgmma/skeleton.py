@@ -5,6 +5,7 @@ and V. The others multiply: each consumes these for 64 rows of Q. Both walk over
 rows in the same order, and meet at channels (`channels`) only:
 
     producer        for each tile of rows: Q of each warpgroup, K and V of each stage of keys
+    assistants      for each tile of rows: scales of each stage of keys, where keys have their own
     consumers       for each tile of rows: wait for Q; skip the keys that none of their rows see;
                     attend to those they see; skip the rest; release Q; finish the rows
 
@@ -56,29 +57,34 @@ class Operands(NamedTuple):
     v: object
 
 
-def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, tiles_per_stage=1):
+def make_skeleton(
+    config: Sm90ForwardConfig, traits: Traits, look_up, attend, tiles_per_stage=1, assist=None
+):
     """run_block(results, maps, in_fp8, mask, shape, layout, max_scale, given): a whole forward.
 
     `results` are out, a `Part`, lse, the map of out and the record `Features`; `maps` those of Q,
-    K and V; max_scale brings row_max to base 2; `given` goes to these two. Consumers run the
-    first while Q is on its way, and the second if their rows see any key:
+    K and V; max_scale brings row_max to base 2; `given` goes to these three. Consumers run the
+    first while Q is on its way, and the second if their rows see any key. The third, if there is
+    one, is the work of the warps that assist the producer; `work` is as in `producer`:
 
         look_up(rows, shape, given) -> `known`, which the second needs of these rows
-        attend(barriers, at, rows, sums, max_scale, given, known, keys, stages)
+        attend(smem, barriers, at, rows, sums, max_scale, given, known, keys, stages)
             -> the `stages` after the last
+        assist(smem, barriers, work, given)
 
     `at` are `Operands`, `rows` `Rows`, `sums` `Sums`, `stages` as in `ring`. `keys` are (first,
     end) of the steps (`tiles.steps`) of stages of keys that the rows see, each of
     `tiles_per_stage` tiles, in which a warpgroup takes a turn.
     """
     ring, num_groups = make_ring(config, traits), config.num_warpgroups
-    Q, K, V, o_replaces_q = ring.Q, ring.K, ring.V, ring.o_replaces_q
+    Q, K, V, SCALES, o_replaces_q = ring.Q, ring.K, ring.V, ring.SCALES, ring.o_replaces_q
     begin, following = ring.begin, ring.following
     q_first, k_first, v_first = ring.q.first, ring.k.first, ring.v.first
     # From one slab to the next: products ask for it where rows of V are keys.
     operand = products.make_operand(config.stage_n * products.SLAB_BYTES)
     num_consumers, n_o = 128 * num_groups, traits.head_dim_v // 2
-    give_registers, take_registers = _make_register_exchange(config)
+    assists, assisting = assist is not None, config.assisting_threads
+    give_registers, take_registers = _make_register_exchange(config, traits)
     take_turn, pass_turn, give_first_turn = turns.make_turns(num_groups if config.pingpong else 1)
     produce, finish = make_produce(config, traits), make_finish(config, traits)
     cluster = config.cluster
@@ -103,6 +109,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             # It may want K's buffer for the next K before it fetches this V.
             K.skip(barriers, group, stages[0], stages[1])
             V.skip(barriers, group, stages[-2], stages[-1])
+            SCALES.skip(barriers, group, stages[0], stages[1])
             stages = following(stages)
         return stages
 
@@ -144,7 +151,8 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             stages = skip_keys(barriers, group, n_begin, first, stages)
             if first < end:
                 keys = first, end
-                stages = attend(barriers, at, rows, sums, max_scale, given, known, keys, stages)
+                about = max_scale, given, known, keys, stages
+                stages = attend(smem, barriers, at, rows, sums, *about)
             else:
                 # Hazard: no product has held threads together; one may not have seen Q yet.
                 Q.gather(group_of_thread())
@@ -180,6 +188,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             Q.init(barriers)
             K.init(barriers)
             V.init(barriers)
+            SCALES.init(barriers)
             # Hazard: bulk copies would not see the mbarriers at which they complete.
             fence_mbarrier_init()
         if cluster > 1:
@@ -195,8 +204,13 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         if mov_tid_x() >= num_consumers:
             # Hazard: consumers wait in `take_registers` until all warps that copy have given.
             give_registers()
-            if mov_tid_x() < num_consumers + 32 and elect_sync() != 0:
-                produce(smem, barriers, maps, work)
+            if mov_tid_x() < num_consumers + 32:
+                if elect_sync() != 0:
+                    produce(smem, barriers, maps, work)
+            # `assists` is a constant, tested by itself: the compiler removes the branch.
+            elif assists:  # noqa: SIM102
+                if mov_tid_x() < num_consumers + 32 + assisting:
+                    assist(smem, barriers, work, given)
         else:
             # Hazard: without it accumulators would not fit into a thread's registers.
             take_registers()
@@ -209,12 +223,12 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
     return run_block
 
 
-def _make_register_exchange(config: Sm90ForwardConfig):
+def _make_register_exchange(config: Sm90ForwardConfig, traits: Traits):
     """(give_registers(), take_registers()): by all warps that copy, and by all that multiply.
 
     With fixed registers both do nothing.
     """
-    few, many = config.registers
+    few, many = config.registers_of(traits)
     if not config.fixed:
         return make_setmaxnreg("dec", few), make_setmaxnreg("inc", many)
 

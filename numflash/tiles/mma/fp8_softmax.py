@@ -20,7 +20,7 @@ from numflash.ptx import (
     ex2_approx_ftz_f32,
     f32,
     fma_rn_f32,
-    ld_shared_v2_f32,
+    ld_shared_v4_f32,
     max_f32,
 )
 from numflash.tiles.mma.fragments import MMA_COLUMNS
@@ -43,8 +43,8 @@ FARTHEST = f32(256)
 class KeyScales:
     """The words at which the scales of a tile's keys begin in shared memory: three rows of tile_n.
 
-    k_descale, log2 v_descale and 1 / v_descale. Threads below tile_n put them there; a barrier
-    makes them visible.
+    k_descale, log2 v_descale and 1 / v_descale, each row as `place_of_column` says, so that a
+    thread reads those of 16 keys at once. Who puts them there makes them visible.
     """
 
     def __init__(self, first: int, tile_n: int):
@@ -60,15 +60,17 @@ def make_scale_keys(m_tiles, n_tiles):
 
     @device_function
     def scale_keys(s_acc, smem, position):
-        pair = cuda.local.array(2, f32)
-        for j in range(n_tiles):
-            ld_shared_v2_f32(pair, smem, position + MMA_COLUMNS * j)
-            for m in range(m_tiles):
-                i = 4 * (n_tiles * m + j)
-                s_acc[i] *= pair[0]
-                s_acc[i + 1] *= pair[1]
-                s_acc[i + 2] *= pair[0]
-                s_acc[i + 3] *= pair[1]
+        four = cuda.local.array(4, f32)
+        for pair in range(n_tiles // 2):
+            ld_shared_v4_f32(four, smem, position + 2 * MMA_COLUMNS * pair)
+            for half in range(2):
+                a, b = four[2 * half], four[2 * half + 1]
+                for m in range(m_tiles):
+                    i = 4 * (n_tiles * m + 2 * pair + half)
+                    s_acc[i] *= a
+                    s_acc[i + 1] *= b
+                    s_acc[i + 2] *= a
+                    s_acc[i + 3] *= b
 
     return scale_keys
 
@@ -79,15 +81,17 @@ def make_add_v_scales(m_tiles, n_tiles):
 
     @device_function
     def add_v_scales(s_acc, scales, smem, position):
-        pair = cuda.local.array(2, f32)
-        for j in range(n_tiles):
-            ld_shared_v2_f32(pair, smem, position + MMA_COLUMNS * j)
-            for m in range(m_tiles):
-                i, r = 4 * (n_tiles * m + j), 2 * m
-                s_acc[i] = fma_rn_f32(s_acc[i], scales[r], pair[0])
-                s_acc[i + 1] = fma_rn_f32(s_acc[i + 1], scales[r], pair[1])
-                s_acc[i + 2] = fma_rn_f32(s_acc[i + 2], scales[r + 1], pair[0])
-                s_acc[i + 3] = fma_rn_f32(s_acc[i + 3], scales[r + 1], pair[1])
+        four = cuda.local.array(4, f32)
+        for pair in range(n_tiles // 2):
+            ld_shared_v4_f32(four, smem, position + 2 * MMA_COLUMNS * pair)
+            for half in range(2):
+                a, b = four[2 * half], four[2 * half + 1]
+                for m in range(m_tiles):
+                    i, r = 4 * (n_tiles * m + 2 * pair + half), 2 * m
+                    s_acc[i] = fma_rn_f32(s_acc[i], scales[r], a)
+                    s_acc[i + 1] = fma_rn_f32(s_acc[i + 1], scales[r], b)
+                    s_acc[i + 2] = fma_rn_f32(s_acc[i + 2], scales[r + 1], a)
+                    s_acc[i + 3] = fma_rn_f32(s_acc[i + 3], scales[r + 1], b)
 
     return add_v_scales
 
@@ -163,7 +167,7 @@ def make_tile_softmax(m_tiles, n_tiles, o_tiles, key_scales):
         shifts = cuda.local.array(rows, f32)
         factors = cuda.local.array(rows, f32)
         sums = cuda.local.array(rows, f32)
-        pair = cuda.local.array(2, f32)
+        four = cuda.local.array(4, f32)
         has_grown = False
         for r in range(rows):
             x = NEG_INF
@@ -191,9 +195,11 @@ def make_tile_softmax(m_tiles, n_tiles, o_tiles, key_scales):
             p2 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 2], scales[r + 1], -shifts[r + 1]))
             p3 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 3], scales[r + 1], -shifts[r + 1]))
             if key_scales:
-                ld_shared_v2_f32(pair, smem, position + MMA_COLUMNS * (tile % n_tiles))
-                sums[r] = fma_rn_f32(p1, pair[1], fma_rn_f32(p0, pair[0], sums[r]))
-                sums[r + 1] = fma_rn_f32(p3, pair[1], fma_rn_f32(p2, pair[0], sums[r + 1]))
+                if tile % 2 == 0:
+                    ld_shared_v4_f32(four, smem, position + MMA_COLUMNS * (tile % n_tiles))
+                a, b = four[tile % 2 * 2], four[tile % 2 * 2 + 1]
+                sums[r] = fma_rn_f32(p1, b, fma_rn_f32(p0, a, sums[r]))
+                sums[r + 1] = fma_rn_f32(p3, b, fma_rn_f32(p2, a, sums[r + 1]))
             else:
                 sums[r] += p0 + p1
                 sums[r + 1] += p2 + p3

@@ -11,7 +11,7 @@ neighbouring products are, packed, an operand A of the next product.
 
 from functools import cache
 
-from numflash.ptx import cuda, device_function, mov_tid_x
+from numflash.ptx import cuda, device_function, i32, mov_tid_x
 from numflash.tiles.mma.layouts import TileLayout, make_word
 
 MMA_ROWS = 16
@@ -34,6 +34,16 @@ def accumulator_row(rows_per_warp):
 def accumulator_column():
     """This thread's first column in an accumulator."""
     return mov_tid_x() % 4 * 2
+
+
+@device_function
+def place_of_column(i):
+    """Where numbers of the columns of an accumulator hold that of column i, in words.
+
+    A thread has the columns 2 t, 2 t + 1, 8 + 2 t and 8 + 2 t + 1 of 16: they lie side by side.
+    """
+    within = i % 16
+    return i32(i - within + within % 8 // 2 * 4 + within // 8 * 2 + within % 2)
 
 
 @device_function

@@ -6,7 +6,14 @@ by itself; when it is added to O it is multiplied by its weight, which brings it
 
 from functools import cache
 
-from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, fma_rn_f32
+from numflash.ptx import (
+    cuda,
+    device_function,
+    ex2_approx_ftz_f32,
+    f32,
+    fma_rn_f32,
+    ld_shared_v4_f32,
+)
 from numflash.tiles.mma.fp8_softmax import (
     P_SCALE_LOG2,
     follow_top,
@@ -15,6 +22,7 @@ from numflash.tiles.mma.fp8_softmax import (
     top_of_row,
     unit_of_row,
 )
+from numflash.tiles.mma.fragments import MMA_COLUMNS
 from numflash.tiles.mma.softmax import make_subtract_from_rows
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.quantize.conversions import make_encode
@@ -23,22 +31,24 @@ from numflash.tiles.wgmma.softmax import make_largest_of_rows
 
 
 @cache
-def make_tile_softmax(n_tiles):
-    """tile_softmax(s_acc, rows, factors, scales, weights): S -> P in place.
+def make_tile_softmax(n_tiles, key_scales):
+    """tile_softmax(s_acc, rows, factors, scales, weights, smem, position): S -> P in place.
 
     `scales`, positive, bring each row of S to base 2. `weights` are set: factors of this tile's
     part of O. True if O must be multiplied by `factors` before that is added. `rows` are four
     arrays over the two rows of a thread: row_max; row_sum, this lane's share until the end; and
     two values of row_max, kept from tile to tile: limits and units, as `limit_of_row` and
-    `unit_of_row` give them.
+    `unit_of_row` give them. With `key_scales` row_sum adds up P times the factors at `position`,
+    which is that of this thread's first column.
     """
     largest_of_rows = make_largest_of_rows(n_tiles)
     subtract_from_rows = make_subtract_from_rows(1, n_tiles)
 
     @device_function
-    def tile_softmax(s_acc, rows, factors, scales, weights):
+    def tile_softmax(s_acc, rows, factors, scales, weights, smem, position):
         row_max, row_sum, limits, units = rows
         subtrahends = cuda.local.array(2, f32)
+        four = cuda.local.array(4, f32)
         above, below = largest_of_rows(s_acc)
         top_above = top_of_row(above, scales[0], row_max[0])
         top_below = top_of_row(below, scales[1], row_max[1])
@@ -62,8 +72,15 @@ def make_tile_softmax(n_tiles):
             p1 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 1], scales[0], -above))
             p2 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 2], scales[1], -below))
             p3 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 3], scales[1], -below))
-            sum_above += p0 + p1
-            sum_below += p2 + p3
+            if key_scales:
+                if tile % 2 == 0:
+                    ld_shared_v4_f32(four, smem, position + MMA_COLUMNS * tile)
+                a, b = four[tile % 2 * 2], four[tile % 2 * 2 + 1]
+                sum_above = fma_rn_f32(p1, b, fma_rn_f32(p0, a, sum_above))
+                sum_below = fma_rn_f32(p3, b, fma_rn_f32(p2, a, sum_below))
+            else:
+                sum_above += p0 + p1
+                sum_below += p2 + p3
             s_acc[i], s_acc[i + 1], s_acc[i + 2], s_acc[i + 3] = p0, p1, p2, p3
         row_sum[0] = fma_rn_f32(sum_above, weights[0], row_sum[0])
         row_sum[1] = fma_rn_f32(sum_below, weights[1], row_sum[1])

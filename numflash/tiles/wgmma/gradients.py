@@ -6,7 +6,7 @@ As `tiles.mma.softmax`, where P is asked for before dP is there:
     dS = P * (softmax_scale dP - delta)         delta holds softmax_scale
 
 Where scores have slopes, P times its slope takes the place of P in between. Rows are queries, or
-keys; then the statistics lie in shared memory, those of 16 queries as `place_of_query` says.
+keys; then the statistics lie in shared memory, those of 16 queries as `place_of_column` says.
 
 With dropout a score that is dropped adds nothing to dV, and its dP counts as 0; its P stays as it
 is, for dS. Whether a score is kept is a bit, drawn before:
@@ -24,7 +24,6 @@ from numflash.ptx import (
     ex2_approx_ftz_f32,
     f32,
     fma_rn_f32,
-    i32,
     ld_shared_v2_f32,
     ld_shared_v4_f32,
     u32,
@@ -33,16 +32,6 @@ from numflash.tiles.features import make_weigh
 from numflash.tiles.mma.dropout import make_draw, make_is_kept
 from numflash.tiles.unrolled import make_unrolled
 from numflash.tiles.wgmma.products import PACK_TWO, make_pack
-
-
-@device_function
-def place_of_query(i):
-    """Where the statistics of query i of a tile are, in words.
-
-    A thread has the queries 2 c, 2 c + 1, 8 + 2 c and 8 + 2 c + 1 of 16: they lie side by side.
-    """
-    within = i % 16
-    return i32(i - within + within % 8 // 2 * 4 + within // 8 * 2 + within % 2)
 
 
 @cache

@@ -24,6 +24,7 @@ SLAB_BYTES = 128
 _GROUP_BYTES = 8 * SLAB_BYTES  # after which the swizzle repeats
 # The upper half of every descriptor: the swizzle's groups follow each other.
 _UPPER = u64(_GROUP_BYTES >> 4 << 32 | 1 << 62)
+_UPPER_HALF = u64(0xFFFFFFFF00000000)
 # A step of a product consumes 32 bytes of a row of operand A.
 _STEP_BYTES = 32
 _STEPS_PER_SLAB = SLAB_BYTES // _STEP_BYTES
@@ -33,25 +34,35 @@ PACK_TWO = {dtype: MMA_ELEMENTS["sm80", dtype].pack_two for dtype in ("float16",
 
 
 @cache
-def make_operand(slab_bytes):
-    """operand(address): names the operand whose first slab begins there.
+def make_operand(slab_bytes, first_word=0):
+    """operand(address): the operand whose first slab begins `first_word` words behind an address.
 
-    It is the lower half of a matrix descriptor, the upper is the same for all: 32 bits are cheaper
-    to keep and to count up. `slab_bytes` is from one slab to the next, for MN-major operands.
+    It is a matrix descriptor. `slab_bytes` is from one slab to the next, for MN-major operands.
     """
-    leading, mask, shift = u32(slab_bytes >> 4 << 16), u32(0x3FFFF), u32(4)
+    first, mask, shift = u32((slab_bytes >> 4 << 16) + (first_word >> 2)), u32(0x3FFFF), u32(4)
 
     @device_function
     def operand(address):
-        return u32((address & mask) >> shift | leading)
+        return u64(u32(u32((address & mask) >> shift) + first)) | _UPPER
 
     return operand
 
 
 @device_function
-def _descriptor(operand, offset):
-    """The descriptor of the bytes from 16 x offset after the start of an operand."""
-    return u64(u32(operand + u32(offset))) | _UPPER
+def advance(operand, number, step):
+    """The operand that begins `number` times 16 x step bytes later.
+
+    Nothing is carried to the upper half, but the assembler does not know that. Of an upper half
+    that it knows it writes the constant anew for each product, one that it does not know stays in
+    its register, and steps change the lower half only.
+    """
+    return u64(operand + u64(u32(number)) * u64(step))
+
+
+@device_function
+def behind(operand, offset):
+    """The operand that begins 16 x offset bytes later, a constant: only the lower half changes."""
+    return u64(u32(u32(operand) + u32(offset))) | u64(operand & _UPPER_HALF)
 
 
 @cache
@@ -72,8 +83,8 @@ def make_product_nt(dtype, a_rows, b_rows, n_rows, columns):
     @device_function
     def add_step(step, acc, a, b):
         slab, within = step // _STEPS_PER_SLAB, step % _STEPS_PER_SLAB * (_STEP_BYTES >> 4)
-        a_step = _descriptor(a, a_slab * slab + within)
-        multiply_more(acc, a_step, _descriptor(b, b_slab * slab + within))
+        a_step = behind(a, a_slab * slab + within)
+        multiply_more(acc, a_step, behind(b, b_slab * slab + within))
 
     add_other_steps = make_unrolled(add_step, steps - 1)
 
@@ -81,7 +92,7 @@ def make_product_nt(dtype, a_rows, b_rows, n_rows, columns):
     def product_nt(acc, a, b):
         # Hazard: the product would read registers that are still being written.
         wgmma_fence()
-        multiply(acc, _descriptor(a, 0), _descriptor(b, 0))
+        multiply(acc, behind(a, 0), behind(b, 0))
         add_other_steps(1, acc, a, b)
         # Hazard: a wait for products would not wait for this one.
         wgmma_commit_group()
@@ -104,8 +115,8 @@ def make_product_kn(dtype, a_rows, k_rows, columns):
     @device_function
     def add_step(step, acc, a, b):
         slab, within = step // _STEPS_PER_SLAB, step % _STEPS_PER_SLAB * (_STEP_BYTES >> 4)
-        b_step = _descriptor(b, step * (step_bytes >> 4))
-        multiply_more(acc, _descriptor(a, a_slab * slab + within), b_step)
+        b_step = behind(b, step * (step_bytes >> 4))
+        multiply_more(acc, behind(a, a_slab * slab + within), b_step)
 
     add_other_steps = make_unrolled(add_step, steps - 1)
 
@@ -113,7 +124,7 @@ def make_product_kn(dtype, a_rows, k_rows, columns):
     def product_kn(acc, a, b):
         # Hazard: the product would read registers that are still being written.
         wgmma_fence()
-        multiply(acc, _descriptor(a, 0), _descriptor(b, 0))
+        multiply(acc, behind(a, 0), behind(b, 0))
         add_other_steps(1, acc, a, b)
         # Hazard: a wait for products would not wait for this one.
         wgmma_commit_group()
@@ -132,7 +143,7 @@ def make_product_pn(dtype, k_rows, columns):
 
     @device_function
     def add_step(step, acc, p_frag, b):
-        b_step = _descriptor(b, step * (step_bytes >> 4))
+        b_step = behind(b, step * (step_bytes >> 4))
         multiply(acc, p_frag[4 * step : 4 * step + 4], b_step)
 
     add_steps = make_unrolled(add_step, steps)
@@ -163,7 +174,7 @@ def make_product_pt(k_rows, columns, b_rows):
     @device_function
     def add_step(step, acc, p_frag, b):
         slab, within = step // _STEPS_PER_SLAB, step % _STEPS_PER_SLAB * (_STEP_BYTES >> 4)
-        b_step = _descriptor(b, b_slab * slab + within)
+        b_step = behind(b, b_slab * slab + within)
         multiply_more(acc, p_frag[4 * step : 4 * step + 4], b_step)
 
     add_other_steps = make_unrolled(add_step, steps - 1)
@@ -172,7 +183,7 @@ def make_product_pt(k_rows, columns, b_rows):
     def product_pt(acc, p_frag, b):
         # Hazard: the product would read registers that are still being written.
         wgmma_fence()
-        multiply(acc, p_frag[0:4], _descriptor(b, 0))
+        multiply(acc, p_frag[0:4], behind(b, 0))
         add_other_steps(1, acc, p_frag, b)
         # Hazard: a wait for products would not wait for this one.
         wgmma_commit_group()

@@ -121,6 +121,7 @@ def test_min_blocks_reaches_the_assembler():
 PROMISES = (0, 0, None), (0, 8, 1), (1, 0, 1), (2, 8, 2)
 
 
+@thorough
 @pytest.mark.parametrize(("min_blocks", "spills", "directive"), some(PROMISES, PROMISES[1]))
 def test_the_ptx_is_that_of_the_cubin(min_blocks, spills, directive, cache_directory, monkeypatch):
     """The config's promise to the assembler, or the one that was made because of spills."""

@@ -21,7 +21,7 @@ from tests.support.compilations import (
     missing,
     start,
 )
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 
 
 def test_what_the_key_depends_on():
@@ -104,6 +104,7 @@ ENVIRONMENTS = {
 }
 
 
+@thorough
 @pytest.mark.parametrize("name", some(ENVIRONMENTS, "all switches"))
 def test_numbas_environment_does_not_change_the_machine_code(name, plain, tmp_path):
     assert finish(start(CHILD, tmp_path, **ENVIRONMENTS[name]))["code"] == plain["code"]

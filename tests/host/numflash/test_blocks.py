@@ -87,13 +87,13 @@ SHAPE = Shape(*map(i32, (300, 200, 6, 3, 64, 64, 2)))
 
 @pytest.mark.parametrize("tile", [16, 64, 512])
 def test_each_tile_of_a_head_is_one_block_s(tile):
-    """Of queries the last come first, of keys the first; then come other heads, then entries."""
+    """Of queries the last come first, of keys the first, each of all heads that take turns."""
     of_queries, of_keys = make_place_of_queries(tile, TRAITS), make_place_of_keys(tile, TRAITS)
-    queries = [(b, h, m) for b in range(2) for h in range(6) for m in range(0, 300, tile)[::-1]]
+    queries = [(b, h, m) for m in range(0, 300, tile)[::-1] for b in range(2) for h in range(6)]
     found = [of_queries(u32(number), SHAPE, None) for number in range(len(queries))]
     assert [(p.batch, p.head, p.start) for p in found] == queries
     assert all(p.head_kv == p.head // 3 and p.split == 0 for p in found)
-    keys = [(b, h, n) for b in range(2) for h in range(2) for n in range(0, 200, tile)]
+    keys = [(b, h, n) for n in range(0, 200, tile) for b in range(2) for h in range(2)]
     found = [of_keys(u32(number), SHAPE, None) for number in range(len(keys))]
     assert [(p.batch, p.head_kv, p.start) for p in found] == keys
     assert all(p.head == p.head_kv * 3 for p in found)

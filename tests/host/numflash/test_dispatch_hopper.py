@@ -188,19 +188,62 @@ def test_codes_with_bent_scores_do_not_overlap_where_registers_would_spill():
         assert "keeps 208 registers" in "".join(reasons(choice).values())
 
 
-@pytest.mark.parametrize(
-    ("changes", "options", "why"),
-    [
-        ({"key_scales": True}, {}, "scales of K or V change within a tile of keys"),
-        ({}, {"no_bulk_copies": "k is odd"}, "k is odd"),
-    ],
-)
-def test_codes_that_are_not_for_wgmma_say_so_first(changes, options, why):
-    traits = replace(Traits("float16", 128, 128, fp8=True), **changes)
-    choice = choose("forward", traits, HOPPER, **options)
+@pytest.mark.parametrize("key_scales", [False, True])
+def test_codes_that_are_not_for_wgmma_say_so_first(key_scales):
+    traits = Traits("float16", 128, 128, fp8=True, key_scales=key_scales)
+    choice = choose("forward", traits, HOPPER, no_bulk_copies="k is odd")
     assert choice.config.implementation == "fp8" and not choice.config.multiplies_codes
     (what, reason), *_ = choice.passed_over
-    assert what == "fp8-sm90" and why in reason
+    assert what == "fp8-sm90" and "k is odd" in reason
+
+
+@pytest.mark.parametrize("columns", [64, 128, 192, 256])
+@pytest.mark.parametrize("features", [(), BOTH])
+def test_keys_with_scales_of_their_own_are_for_wgmma(columns, features):
+    traits = Traits("float16", columns, columns, features, fp8=True, key_scales=True)
+    config = choose("forward", traits, HOPPER).config
+    assert config in wgmma.candidates(traits)
+    assert config.smem_bytes(traits) <= HOPPER.max_smem_per_block
+    # K, and of V the logarithm and the inverse, in float32.
+    plain = replace(traits, key_scales=False)
+    scales = 3 * 4 * config.stage_n * config.num_stages
+    assert config.tiles(traits)["key_scales"] == scales // 4
+    if config.o_is_apart(traits) == config.o_is_apart(plain):
+        of_barriers = 16 * config.num_stages
+        assert config.smem_bytes(traits) == config.smem_bytes(plain) + scales + of_barriers
+
+
+def test_warps_that_fetch_scales_of_keys_take_registers_of_those_that_multiply():
+    keys = Traits("float16", 128, 128, fp8=True, key_scales=True)
+    plain = replace(keys, key_scales=False)
+    assert choose("forward", plain, HOPPER).config.overlap
+    choice = choose("forward", keys, HOPPER)
+    assert not choice.config.overlap
+    assert "keeps 208 registers of S, P and O a thread, at most 200" in "".join(
+        reasons(choice).values()
+    )
+    expected = {
+        "m128n128w8s2": (40, 232),
+        "m192n128w12s2": (56, 152),
+        "m64n128w4s2": (56, 256),
+        "m64n128w4s2b2": (40, 216),
+        "m64n128w4s2-fixed": (256, 256),
+        "m128n128w8s2-r240": (24, 240),
+    }
+    for text, registers in expected.items():
+        config = parse_config("forward", f"fp8-sm90-{text}")
+        assert config.registers_of(keys) == registers
+        assert config.registers_of(plain) == config.registers
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_slabs_begin_at_multiples_of_1024_bytes(stages):
+    traits = Traits("float16", 64, 64, fp8=True, key_scales=True)
+    config = parse_config("forward", f"fp8-sm90-m64n128w4s{stages}-persistent")
+    offsets = config.smem_offsets(traits)
+    assert [4 * offsets[name] % 1024 for name in "qkvo"] == [0] * 4
+    # Four scales are read at once.
+    assert 4 * offsets["key_scales"] % 16 == 0
 
 
 def test_heads_that_a_table_names_run_on_wgmma():

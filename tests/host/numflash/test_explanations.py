@@ -180,8 +180,7 @@ def test_an_explanation_of_codes_on_hopper(machine):
     # One of 64 tokens, where tiles have 128.
     narrow = numflash.Fp8Recipe("block", 64)
     text = str(numflash.explain_dispatch(q, q, q, precision="fp8", fp8=narrow))
-    assert "not fp8-sm90: scales of K or V change within a tile of keys" in text
-    assert "codes are multiplied as float16" in text
+    assert text.startswith("forward: fp8-sm90-m128n128w8s2-") and "as float16" not in text
     config = "fp8-sm90-m64n64w4s2"
     explanation = numflash.explain_dispatch(q, q, q, precision="fp8", fp8=narrow, config=config)
     assert str(explanation.forward.config) == config

@@ -1,6 +1,7 @@
 """The host's places are those that the kernels' own functions compute from a block's number."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -182,6 +183,31 @@ def test_places_of_keys(family, text, band):
         apart = 1 + getattr(config, "apart", False)
         heads = HEADS // GROUP * BATCH
         assert len(set(expected)) == len(expected) == -(-k // config.tile_n) * heads * apart
+
+
+@pytest.mark.parametrize("family", ["backward-dq", "backward-dkdv"])
+def test_heads_take_turns_in_bundles_of_which_only_the_first_has_fewer(family):
+    config, traits = parse_config(family, "sm80-m64n64w4s1"), Traits("float16", 256, 256)
+    # Of 16 heads of queries, or 4 of keys, three have room in a bundle.
+    problem = replace(problem_of(2500, 2500, "causal"), head_dim=256, head_dim_v=256)
+    shape, mask = shape_and_mask(problem)
+    found = places(launch_of(config, problem))
+    by_keys = family == "backward-dkdv"
+    make = blocks.make_place_of_keys if by_keys else blocks.make_place_of_queries
+    place_of = make(64, traits)
+    at = [place_of(u32(number), shape, mask) for number in range(len(found))]
+    assert [(int(p.start), int(p.batch * HEADS + p.head)) for p in at] == list(
+        zip(found.start.tolist(), found.head.tolist(), strict=True)
+    )
+    heads, tiles = (found.head // (GROUP if by_keys else 1)).tolist(), 40
+    assert heads[:tiles] == [0] * tiles and heads[tiles:] == [
+        head
+        for first in range(1, max(heads), 3)
+        for _ in range(tiles)
+        for head in range(first, first + 3)
+    ]
+    start = found.start[tiles::3].reshape(-1, tiles)
+    assert (np.diff(start, axis=1) == (64 if by_keys else -64)).all()
 
 
 @pytest.mark.parametrize(

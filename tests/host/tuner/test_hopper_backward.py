@@ -1,14 +1,18 @@
 """The offline model of Hopper's backward: what binds it, what turns cost, what more work costs."""
 
+import heapq
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from numflash.configs import parse_config
 from numflash.problem.classes import ProblemClass
 from tuner import model
+from tuner.lengths import sequences_of
 from tuner.model import hopper_backward, turns
+from tuner.model.grid import walks_in_turn
 from tuner.model.hopper_backward import make_form, product
 from tuner.model.machine_code import Counts, Loop, MachineCode
 from tuner.records import ResourceUsage
@@ -21,8 +25,10 @@ CONFIGS = {
 }
 
 
-def problem_class(family, head_dim=128, mask="full", q=4096, k=4096, heads=32, group=1, more=""):
-    traits = f"float16-d{head_dim}-dv{head_dim}{more}-vec"
+def problem_class(
+    family, head_dim=128, mask="full", q=4096, k=4096, heads=32, group=1, more="", ragged=""
+):
+    traits = f"float16-d{head_dim}-dv{head_dim}{more}-vec{ragged}"
     return ProblemClass.parse(f"{family} {traits} {mask} q{q} k{k} bh{heads} g{group}")
 
 
@@ -196,7 +202,8 @@ def test_registers_that_do_not_suffice_make_products_wait_for_each_other():
 
 def played(walks, heads=1, sms=132, order="last first", turn=0.0, complete=0.0, buffers=2, **more):
     times = more.pop("tile", 100.0), more.pop("around", 0.0), turn, complete, 0.0
-    return turns.clocks_of(tuple(walks), 1, heads, sms, order, *times, buffers, **more)
+    walks = tuple(walks)[::-1] if order == "last first" else tuple(walks)
+    return turns.clocks_of(walks, 1, heads, sms, *times, buffers, **more)
 
 
 def test_without_turns_blocks_follow_each_other_on_the_first_free_sm():
@@ -223,8 +230,7 @@ def test_a_block_that_adds_longer_than_it_computes_waits_for_itself():
 def test_one_buffer_waits_until_it_is_free():
     walks = ((0, 10),)
     two, one = (
-        turns.clocks_of(walks, 1, 1, 1, "last first", 100.0, 0.0, 0.0, 0.0, 150.0, buffers)
-        for buffers in (2, 1)
+        turns.clocks_of(walks, 1, 1, 1, 100.0, 0.0, 0.0, 0.0, 150.0, buffers) for buffers in (2, 1)
     )
     assert one > 1.5 * two
 
@@ -235,6 +241,96 @@ def test_heads_that_are_not_played_count_as_much_as_the_others():
     steps = [b - a for a, b in itertools.pairwise(times)]
     assert steps[1] == pytest.approx(2 * steps[0], rel=0.05)
     assert steps[2] == pytest.approx(4 * steps[0], rel=0.05)
+
+
+def tile_by_tile(walks, repeats, heads, sms, tile, around, turn, complete, until_free, buffers):
+    """As `turns.clocks_of` of heads in turn, one tile after another."""
+    free, last = [0.0] * sms, max(end for _, end in walks)
+    ready = [[0.0] * (repeats * last) for _ in range(heads)]
+    for (first, end), turns_of_head in itertools.product(walks, ready):
+        done = heapq.heappop(free) + around / 2
+        added, empty = done, [done] * buffers
+        visited = (h + m for h in range(0, repeats * last, last) for m in range(first, end))
+        for number, m in enumerate(visited):
+            done = max(done + tile, empty[number % buffers] + turns._AFTER * tile)
+            start = max(done, added, turns_of_head[m])
+            turns_of_head[m], added = start + turn, start + complete
+            empty[number % buffers] = start + until_free
+        heapq.heappush(free, max(done, added) + around / 2)
+    return max(free)
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+@pytest.mark.parametrize("until_free", [0.0, 70.0, 160.0, 400.0])
+@pytest.mark.parametrize("complete", [0.0, 60.0, 250.0])
+def test_the_tiles_of_a_block_at_once_are_those_one_after_another(complete, until_free, buffers):
+    rng = np.random.default_rng([int(complete), int(until_free), buffers])
+    for repeats, heads, sms in ((1, 1, 3), (3, 2, 2), (2, 4, 5)):
+        edges = np.sort(rng.integers(0, 20, (9, 2)), axis=1)
+        walks = tuple(map(tuple, [*edges.tolist(), [0, 20]]))
+        for turn in (0.0, 90.0):
+            times = 100.0, 50.0, turn, complete, until_free, buffers
+            found = turns.clocks_of(walks, repeats, heads, sms, *times, heads)
+            assert found == pytest.approx(tile_by_tile(walks, repeats, heads, sms, *times))
+
+
+def test_fewer_heads_on_fewer_sms_stand_for_all_of_a_list(monkeypatch):
+    """Of a list all heads take turns at each record."""
+    walks = tuple((32 * n + min(m, 24), 32 * n + 32) for n in range(16) for m in range(0, 32, 2))
+    times = 3500.0, 4000.0, 2562.0, 1464.0, 1098.0, 2
+    few = turns.clocks_of(walks, 1, 32, 132, *times, 32)
+    monkeypatch.setattr(turns, "_MOST_BLOCKS", 10**6)
+    turns.clocks_of.cache_clear()
+    assert few == pytest.approx(turns.clocks_of(walks, 1, 32, 132, *times, 32), rel=0.02)
+    turns.clocks_of.cache_clear()
+
+
+def test_blocks_of_a_list_add_in_its_order():
+    problem = problem_class("backward", mask="causal", q=512, k=512, heads=64, ragged="-ragged")
+    queries, keys = sequences_of(problem)
+    walks = walks_in_turn(problem, 128, 64)
+    assert len(walks) == sum(-(-k // 128) for k in keys)
+    tiles = -(-np.array(queries) // 64)
+    before = np.cumsum(tiles) - tiles
+    sequence = [int(np.searchsorted(before, first, "right")) - 1 for first, _ in walks]
+    # The longest first; of each the blocks follow each other, the last keys first.
+    runs = [(n, [walks[i] for i in at]) for n, at in runs_of(sequence)]
+    assert sorted(n for n, _ in runs) == list(range(len(keys)))
+    assert [len(of) for _, of in runs] == sorted((len(of) for _, of in runs), reverse=True)
+    for n, of_sequence in runs:
+        begins = [first for first, _ in of_sequence]
+        assert begins == sorted(begins, reverse=True) and begins[-1] == before[n]
+        assert {end for _, end in of_sequence} == {before[n] + tiles[n]}
+
+
+def runs_of(numbers):
+    """(number, places) of each run of equal numbers."""
+    for number, group in itertools.groupby(enumerate(numbers), key=lambda each: each[1]):
+        yield number, [place for place, _ in group]
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_sequences_with_lengths_of_their_own_wait_for_turns_too(mask):
+    config = parse_config("backward", "sm90-m64n128w8s2")
+    problem = problem_class(
+        "backward", mask=mask, q=8192, k=8192, heads=64, group=8, ragged="-ragged"
+    )
+    form = hopper_backward.form_of(H100, config, problem)
+    waiting = model.estimate(H100, problem, config).ms
+    without = hopper_backward.predict_form(H100, problem, replace(form, order=None)).ms
+    assert 1.05 * without < waiting < 1.5 * without
+
+
+def test_a_call_of_very_many_tokens_goes_on_as_shorter_ones():
+    config = parse_config("backward", "sm90-m64n128w8s2")
+    times = [
+        model.estimate(
+            H100, problem_class("backward", mask="causal", q=n, k=n, heads=4), config
+        ).ms
+        for n in (2**15, 2**16, 2**17)
+    ]
+    for shorter, longer in itertools.pairwise(times):
+        assert longer == pytest.approx(4 * shorter, rel=0.07)
 
 
 def test_orders_of_a_causal_mask_are_worth_what_they_are_said_to_be():

@@ -8,7 +8,7 @@ import pytest
 
 from numflash.configs import MmaConfig, Sm90ForwardConfig, Traits, parse_config
 from numflash.problem.classes import ProblemClass
-from tests.support.covering import ALL, covering
+from tests.support.covering import ALL, covering, some
 from tuner.records import ResourceUsage
 from tuner.space import machines
 from tuner.space.configs import Budgets, EmptySpaceError, Space, warpgroup_registers
@@ -86,6 +86,30 @@ def test_gradients_of_sequences_are_those_of_two_kernels():
     text = "float16-d64-dv64-vec-ragged causal q1024 k1024 bh64 g1"
     assert not space(f"backward {text}").runs
     assert space(f"backward-dq {text}").runs and space(f"backward-dkdv {text}").runs
+
+
+@pytest.mark.parametrize(
+    ("gpu", "head_dim"),
+    some([("H200", 128), ("H200", 256), ("A100", 128), ("T4", 64), ("H200", 64)], ("H200", 128)),
+)
+def test_gradients_of_sequences_have_every_form_that_those_of_one_length_have(gpu, head_dim):
+    """Two kernels, dK and dV by roles or apart, and one for all where blocks add in turn."""
+    machine = machines.find(gpu)
+    for family in ("backward-dq", "backward-dkdv", "backward"):
+        text = f"{family} float16-d{head_dim}-dv{head_dim}-vec{{}} causal q4096 k4096 bh64 g4"
+        ragged, dense = (
+            Space(ProblemClass.parse(text.format(x)), machine) for x in ("-ragged", "")
+        )
+        in_turn = gpu == "H200" and head_dim <= 128
+        assert ragged.runs == (family != "backward" or in_turn)
+        if not ragged.runs:
+            continue
+        found = set(map(str, ragged.feasible))
+        # One kernel on `mma` leaves parts of dQ, which no list of tiles describes.
+        wanted = {x for x in map(str, dense.feasible) if family != "backward" or "sm90" in x}
+        assert found == wanted
+        has_roles = any(x.endswith("-roles") for x in found)
+        assert has_roles == (gpu == "H200" and family == "backward-dkdv")
 
 
 def test_feasible_and_excluded_are_the_whole_product():

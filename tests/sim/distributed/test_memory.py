@@ -7,11 +7,12 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from numflash.distributed import Layout, attention, attention_backward
+from numflash.distributed import Layout, attention, attention_backward, packing
 from numflash.distributed.arrays import Arrays
 from numflash.distributed.memory import memory_of_gather, memory_of_heads
 from numflash.distributed.pairs import Band
 from numflash.distributed.sizes import Sizes
+from tests.support.covering import some
 from tests.support.ranks import on_ranks
 
 TOKENS, RANKS, CAUSAL = 24, 2, Band(None, 0)
@@ -91,3 +92,16 @@ def test_heads(peaks, backward):
     # What is sent is there until the other rank has it: of one exchange, and of that before it.
     sent = sizes.queries(TOKENS // RANKS) + sizes.keys(TOKENS // RANKS)
     assert all(0 < taken <= most + sent for taken in found), (found, most, sent)
+
+
+@pytest.mark.parametrize("backward", some([False, True], True))
+def test_gather_of_many_messages(peaks, monkeypatch, backward):
+    """Besides, what leaves and what arrives, put together."""
+    monkeypatch.setattr(packing, "MOST_MESSAGES", 0)
+    packing.are_packed.cache_clear()
+    try:
+        test_gather(peaks, backward, 0)
+        memory = memory_of_gather(Layout.zigzag(TOKENS, RANKS), CAUSAL, 0, WHOLE, 0)
+        assert memory["rows put together"]
+    finally:
+        packing.are_packed.cache_clear()

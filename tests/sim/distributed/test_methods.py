@@ -58,7 +58,8 @@ ASKED = {
     "causal": Asked({"causal": True}),
     "dropout": Asked({"causal": True, "dropout_p": 0.25, "seed": 7}, "16", tokens=40),
     "bias": Asked(
-        {"bias": np.random.default_rng(3).standard_normal((4, 14, 14)).astype(np.float32)}
+        {"bias": np.random.default_rng(3).standard_normal((4, 14, 14)).astype(np.float32)},
+        wrt=("bias", "q", "k", "v"),
     ),
     "batch": Asked({"causal": True}, batch=2, tokens=9),
     "mask": Asked({"mask": np.random.default_rng(4).random((14, 14)) < 0.6}),
@@ -67,6 +68,25 @@ ASKED = {
         {"window_size": (6, 0), "sinks": _rising(4)}, "contiguous", wrt=("sinks", "q", "k", "v")
     ),
     "mask_mod": Asked({"mask_mod": lambda b, h, i, j: math.abs(i - j) < 4 + h}, "contiguous"),
+    "table": Asked(
+        {
+            "causal": True,
+            "score_mod": lambda s, b, h, i, j, table: s + table[h, i - j],
+            "aux": (np.random.default_rng(6).standard_normal((4, 14)).astype(np.float32),),
+        },
+        wrt=("aux0", "q"),
+    ),
+    "slopes in documents": Asked(
+        {"causal": True, "alibi_slopes": _rising(4)}, "documents", wrt=("alibi_slopes", "q")
+    ),
+    "functions in documents": Asked(
+        {
+            "window_size": (4, 1),
+            "score_mod": lambda s, b, h, i, j: s * (1 + 0.2 * b) - 0.05 * (i + j) * h,
+            "mask_mod": lambda b, h, i, j: i + j + b != 5,
+        },
+        "documents",
+    ),
 }
 METHODS = {
     "gather": ("gather", (2, 3, 4)),
@@ -156,7 +176,7 @@ def results_of(comms, method, layout: Layout, asked: Asked, whole: dict, **more)
     parts = on_ranks(layout.ranks, work, comms=comms)
     found = {}
     for name, first in parts[0].items():
-        if name in ("dsinks", "dalibi_slopes"):
+        if name not in ("out", "lse", "dq", "dk", "dv"):
             assert all((part[name] == first).all() for part in parts)
             found[name] = first
             continue

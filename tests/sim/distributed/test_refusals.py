@@ -32,7 +32,7 @@ REFUSED = {
     "shift": ({"shift": 1}, ValueError, "no shift: positions are those that the layout says"),
     "causal_align": ({"causal_align": "top_left"}, ValueError, "no causal_align"),
     "origin": ({"origin": (0, 0, 0)}, ValueError, "no origin"),
-    "block_mask": ({"block_mask": object()}, UnsupportedError, "no block_mask.*give mask_mod"),
+    "block_mask": ({"block_mask": object()}, TypeError, "block_mask must be a BlockMask"),
     "lengths": ({"seqlens_k": ONES}, UnsupportedError, "no seqlens_k: the layout says"),
     "starts": ({"starts_q": ONES}, UnsupportedError, "no starts_q: the layout says"),
     "auto": ({"precision": "auto"}, UnsupportedError, 'no precision="auto"|precision.*auto'),
@@ -60,20 +60,21 @@ REFUSED = {
     "window": ({"window_size": (1,)}, ValueError, "window_size must be a pair"),
     "out_dtype": ({"out_dtype": "bfloat16"}, ValueError, "out_dtype must be"),
     "sinks": ({"sinks": np.zeros(3, "f4")}, ValueError, "sinks"),
-    "dropout in documents": (
-        {"layout": DOCUMENTS, "dropout_p": 0.5, "seed": 1},
+    "dropout in documents of a batch": (
+        {**dict.fromkeys("qkv", np.zeros((2, 8, 2, 16), "f2")), "layout": DOCUMENTS}
+        | {"dropout_p": 0.5, "seed": 1},
         UnsupportedError,
-        "dropout_p over several ranks is for one document.* 2 documents",
+        "dropout_p over several ranks with 2 documents: its batch entry .* q has 2 entries",
     ),
     "batch_invariant": (
         {"layout": DOCUMENTS, "batch_invariant": True},
         UnsupportedError,
         "takes no batch_invariant: each rank has calls of its own",
     ),
-    "functions in documents": (
-        {"layout": DOCUMENTS, "score_mod": _identity},
+    "functions in documents of codes": (
+        {"layout": DOCUMENTS, "score_mod": _identity, "precision": "fp8", "wire": "e4m3"},
         UnsupportedError,
-        "score_mod over several ranks is for one document",
+        "score_mod over several ranks with 2 documents: kernels on 8-bit floats",
     ),
 }
 
@@ -94,8 +95,8 @@ def test_what_is_refused(name):
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"wrt": ("bias",), "bias": np.zeros((8, 8), "f2")}, UnsupportedError, "no 'bias'"),
-        ({"wrt": ("aux0",)}, UnsupportedError, "no 'aux0'"),
+        ({"wrt": ("bias",)}, ValueError, "wrt names 'bias', which this call does not have"),
+        ({"wrt": ("aux0",)}, ValueError, "wrt names 'aux0', which this call does not have"),
         ({"wrt": ("sinks",)}, ValueError, "wrt names 'sinks', which this call does not have"),
         ({"travels": "values"}, ValueError, "travels must be one of auto, keys, queries"),
         ({"dlse": np.zeros((1, 2, 7), "f4")}, ValueError, "dlse must have the 8 tokens"),

@@ -11,9 +11,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from numflash.problem.classes import ProblemClass
+from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 
 from ...lengths import sequences_of
-from ...model.grid import io_bytes, lay, memory_bytes, part_bytes, rows_of, visible_scores
+from ...model.grid import (
+    io_bytes,
+    lay,
+    memory_bytes,
+    part_bytes,
+    quantised_bytes,
+    rows_of,
+    visible_scores,
+)
 from ...model.prediction import multiply_adds
 from ...space.machines import Machine
 from ..asked import Asked, Kernel, NotShownError
@@ -22,6 +31,8 @@ from ..numbers import Number
 _FORWARD_MATRICES, _BACKWARD_MATRICES = 4, 7
 _BACKWARD_PRODUCTS = 4
 _FLOAT_BYTES = 4
+# Tokens that share a scale, of which a block finds the maximum by itself: `kernels.quantize`.
+_ONE_PASS_TOKENS = 256
 _SEQLENS = 2 ** np.arange(8, 25)
 
 
@@ -106,11 +117,9 @@ def find(asked: Asked) -> BytesFacts:
     if not score_bytes(problem):
         raise NotShownError("there are no scores, so there is nothing to move or to keep")
     if kernel.prediction is None:
-        raise NotShownError(
-            "the model counts no bytes of such kernels, as of those on 8-bit floats"
-        )
+        raise NotShownError("the model counts no bytes of such kernels")
     laid = lay(problem, kernel.config)
-    moved, parts = _moved(kernel, machine), part_bytes(problem, laid)
+    moved, parts = _moved(kernel, machine) + _quantised(asked), part_bytes(problem, laid)
     each = 2 * (problem.traits.head_dim + problem.traits.head_dim_v)
     tile = rows_of(kernel.config) * kernel.config.column_tile
     needed = arrays_bytes(problem)
@@ -138,6 +147,20 @@ def _moved(kernel: Kernel, machine: Machine) -> float:
     problem, config, laid = kernel.problem, kernel.config, lay(kernel.problem, kernel.config)
     slots = machine.num_sms * kernel.prediction.blocks_per_sm
     return memory_bytes(problem, config, laid, slots, machine.l2_bytes) + part_bytes(problem, laid)
+
+
+def _quantised(asked: Asked) -> int:
+    """Bytes of the kernels that make codes of the call's arrays, where it makes them of all."""
+    arrays = asked.question.arrays.values()
+    if not asked.forward.traits.fp8 or any(isinstance(x, Fp8Array) for x in arrays):
+        return 0
+    if any(x.dtype.itemsize == 1 for x in arrays):
+        return 0
+    recipe = asked.question.options.get("fp8") or Fp8Recipe()
+    in_one_pass = recipe.granularity == "token" or (
+        recipe.granularity == "block" and recipe.block <= _ONE_PASS_TOKENS
+    )
+    return quantised_bytes(asked.forward.problem, 1 if in_one_pass else 2)
 
 
 def _scores(problem: ProblemClass) -> int:

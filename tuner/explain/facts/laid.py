@@ -35,8 +35,6 @@ from .block_masks import Blocks, block_mask, tiles_of_lists, with_blocks
 
 MOST_PLACES = 2**22
 """Of more, nobody follows each."""
-_WITHOUT_CLOCKS = ("sm89",)
-"""Generations of `mma.sync` of whose products the model has no counts."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +151,6 @@ def clocks_of(asked: Asked, kernel: Kernel, found: Laid) -> BlockClocks:
     Raises:
         NotShownError: the model knows none.
     """
-    if getattr(kernel.config, "generation", None) in _WITHOUT_CLOCKS:
-        raise NotShownError("the model has no clocks of products of 8-bit floats by mma.sync")
     resources = ResourceUsage(0, 0, 0, kernel.config.num_threads, found.fit, "")
     try:
         return block_clocks(asked.machine, kernel.problem, kernel.config, resources, kernel.code)

@@ -226,7 +226,7 @@ def turn_of(machine: Machine, kernel: Kernel) -> Turn | None:
 def _turn_by_counts(machine: Machine, kernel: Kernel) -> Turn | None:
     """Of a kernel whose warps multiply by themselves, or that was not compiled."""
     config = kernel.config
-    found = _work(config, kernel.traits, kernel.code)
+    found = _work(machine, config, kernel.traits, kernel.code)
     if found is None:
         return None
     c, rare = found
@@ -235,6 +235,8 @@ def _turn_by_counts(machine: Machine, kernel: Kernel) -> Turn | None:
     products = c.multiply_adds / max(machine.mma_f16, machine.wgmma_f16)
     if c.multiply_adds_tf32:
         products += c.multiply_adds_tf32 / machine.mma_tf32
+    if c.multiply_adds_e4m3:
+        products += c.multiply_adds_e4m3 / max(machine.mma_e4m3, machine.wgmma_e4m3)
     clocks = {
         "products": warps * products,
         "exponentials": warps * _WARP * c.special / machine.sfu_lanes,
@@ -264,17 +266,15 @@ def _turn_by_counts(machine: Machine, kernel: Kernel) -> Turn | None:
 
 
 def _work(
-    config: Config, traits: Traits, code: MachineCode | None
+    machine: Machine, config: Config, traits: Traits, code: MachineCode | None
 ) -> tuple[Counts, Counts] | None:
     """(a warp's work of a turn, more of it for a tile that an edge crosses); None if unknown."""
-    if traits.fp8:
-        return None
     if implementation_of(config).needs_maps:
         if config.family != "forward":
             return None
         found = hopper.by_formula(config, traits)
         return found.tile, found.rare
-    found = counts.by_formula(config, traits)
+    found = counts.on_machine(machine, config, traits)
     if code is not None and code.main is not None:
         found = counts.complete(found, code.main, code.outside)
     return found.tile, found.rare

@@ -81,6 +81,32 @@ def test_codes_on_the_wire():
         explain(LAYOUT, **HEADS, method="ring", wire=recipe)
 
 
+@pytest.mark.parametrize(("head_dim", "copied"), [(128, 0), (40, 2 * 64)])
+def test_codes_that_calls_multiply_become_no_numbers(head_dim, copied):
+    asked = {**HEADS, "head_dim": head_dim, "method": "ring", "wire": "e4m3"}
+    numbers, codes = (explain(LAYOUT, **asked, precision=x).memory[0] for x in (None, "fp8"))
+    assert numbers["keys and values as numbers"] and "keys and values as numbers" not in codes
+    tokens = LAYOUT.tokens(0)
+    assert codes.get("padded codes", 0) == tokens * HEADS["num_heads_kv"] * copied
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, UnsupportedError, 'explain takes no precision=.fp8.: .*wire="e4m3" quantises'),
+        ({"wire": "e4m3", "backward": True}, UnsupportedError, "in a backward"),
+        ({"wire": "e4m3", "method": "heads"}, UnsupportedError, "got method='heads'"),
+        ({"wire": "e4m3", "dtype": "float32"}, TypeError, "float16 and bfloat16"),
+        ({"precision": "auto"}, UnsupportedError, "no precision='auto'"),
+        ({"precision": "int8"}, ValueError, "precision must be one of"),
+    ],
+    ids=str,
+)
+def test_a_precision_that_is_refused(given, error, message):
+    with pytest.raises(error, match=message):
+        explain(LAYOUT, **HEADS, **{"precision": "fp8"} | given)
+
+
 def test_time_is_predicted_from_given_figures_alone():
     asked = {**HEADS, "method": "ring", "causal": True, "dtype": "float32"}
     assert explain(LAYOUT, **asked).seconds is None

@@ -63,7 +63,6 @@ from tuner.space import target as targets
         (("--frobnicate",), "unrecognized arguments: --frobnicate"),
         (("nonsense",), "unrecognized arguments: nonsense. Subcommands, which come first, are"),
         (("--quiet", "show"), "did you mean numflash-tune show? Subcommands, which come first,"),
-        (("--precision", "fp8"), "cannot predict forward float16-d64-dv64-vec-fp8 full q4096"),
         (("--precision", "fp8", "--dtype", "float32"), "got --dtype float32"),
         (("--precision", "fp8", "--pass", "backward"), "no gradients on 8-bit floats"),
         (("--precision", "fp8", "--varlen"), "--varlen goes with 16 and 32 bits, not with"),

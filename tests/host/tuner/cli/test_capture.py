@@ -57,17 +57,14 @@ def test_a_program_notes_its_classes_and_these_are_tuned(run, tmp_path, monkeypa
 FP8_CLASS = CLASS.replace("float32", "float16").replace("-vec", "-vec-fp8")
 
 
-def test_offline_classes_on_8_bit_floats_are_left_out_of_a_capture(run, refused, tmp_path):
+def test_offline_classes_on_8_bit_floats_of_a_capture_are_predicted_too(run, tmp_path):
     (tmp_path / "noted").write_text(f"{FP8_CLASS}\n{CLASS}\n")
-    command = (*OFFLINE, "--from-capture", "noted", "--trials", 1, "--quiet")
-    status, out, err = run(*command)
-    assert status == 0 and CLASS in out and "fp8" not in out
-    assert err.count("\n") == 1
-    assert err.startswith(
-        f"numflash-tune: left out, as the offline model cannot predict {FP8_CLASS}"
-    )
-    (tmp_path / "noted").write_text(f"{FP8_CLASS}\n")
-    assert "cannot predict" in refused(*command)
+    status, out, err = run(*OFFLINE, "--from-capture", "noted", "--trials", 1, "--quiet")
+    assert (status, err) == (0, "")
+    assert CLASS in out and FP8_CLASS in out
+    found = {str(each.problem): each for each in store.read(DeviceKey("sm_80", "sm_80", 0))}
+    assert found[FP8_CLASS].config.startswith("fp8-sm80-")
+    assert found[FP8_CLASS].origin == "predicted"
 
 
 @pytest.mark.parametrize(

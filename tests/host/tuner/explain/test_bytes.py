@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from numflash.problem.fp8 import Fp8Recipe
 from tuner.drawing.document import document
 from tuner.drawing.figures import arranged
 from tuner.explain.asked import NotShownError
@@ -39,6 +40,20 @@ def test_counts(asked):
     assert standard.memory.value == 2 * 2 * scores + arrays
     assert least.bytes.value == least.memory.value == arrays == ours.memory.value
     assert least.flop.value <= ours.flop.value and arrays <= ours.bytes.value
+
+
+def test_codes_are_bytes_and_their_making_counts(asked):
+    shape = 2, 512, 4, 128
+    elements = 2 * 512 * 4 * 128
+    moved = {}
+    for granularity, reads in (("block", 1), ("token", 1), ("head", 2)):
+        recipe = Fp8Recipe(granularity)
+        facts = bytes_facts.find(asked("A100", shape, precision="fp8", fp8=recipe))
+        moved[granularity] = facts.ways["this call"].bytes.value
+        least = facts.ways["least"].bytes.value
+        assert least == (3 + 2) * elements + 2 * 512 * 4 * 4
+        assert moved[granularity] >= least + 3 * elements * (2 * reads + 1)
+    assert moved["head"] - moved["block"] == 3 * elements * 2
 
 
 def test_tiles_are_counted(asked):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from numflash.problem.fp8 import Fp8Recipe
 from tuner.drawing.document import document
 from tuner.drawing.figures import arranged
 from tuner.explain.facts import resources
@@ -17,6 +18,7 @@ CALLS = {
     "packed": ("A100", (1, 1, 8, 128), {"k": (1, 4096, 2, 128)}),
     "float32": ("T4", (1, 256, 2, 64), {"dtype": "float32"}),
     "codes": ("H200", (1, 512, 4, 128), {"precision": "fp8"}),
+    "keys": ("H200", (1, 512, 4, 128), {"precision": "fp8", "fp8": Fp8Recipe("token")}),
 }
 
 
@@ -101,7 +103,21 @@ def test_buffers_of_kernels_that_walk_over_queries(asked):
     assert names.count("Q") == names.count("do") == stages and names.count("K") == 1
 
 
-def test_without_a_model_the_share_is_shown(asked):
+def test_codes_have_a_time_roofs_and_a_turn_of_their_own_rates(asked):
     found = call(asked, "codes")
     facts = resources.find(found, found.forward)
-    assert facts.predicted is None and facts.roofline is None and facts.share.buffers
+    assert facts.predicted.value > facts.floor.value > 0 and facts.share.buffers
+    # The roof of the tensor cores is that of e4m3.
+    machine = found.machine
+    peak = 2 * machine.wgmma_e4m3 * machine.num_sms * machine.clock_mhz / 1e6
+    assert facts.roofline.tensor.value == pytest.approx(peak)
+    config, traits = found.forward.config, found.forward.traits
+    terms = 16 * config.tile_n * (traits.head_dim + traits.head_dim_v)
+    assert facts.turn.clocks["products"].value == pytest.approx(
+        config.num_warps * terms / machine.wgmma_e4m3
+    )
+
+
+def test_gradients_of_long_calls_in_one_kernel_are_predicted_too(asked):
+    found = asked("H200", (1, 131072, 2, 128), causal=True)
+    assert found.kernels["backward"].prediction.ms > 10
