@@ -114,11 +114,6 @@ class Sm90ForwardConfig(MmaForwardConfig):
                 f"{type(self).__name__} {self}: with fixed registers there is no choice of "
                 f"consumer_registers, got {self.consumer_registers}"
             )
-        if self.consumer_registers == self._usual_registers[1]:
-            raise ValueError(
-                f"{type(self).__name__} {self}: {self.consumer_registers} is the usual number of "
-                "consumer_registers; leave it out"
-            )
         few, many = self.registers
         if not self.fixed and (many % 8 or not 24 <= few < many <= 256):
             raise ValueError(

@@ -62,6 +62,7 @@ def _cases():
         ((2, 33, 257, 4, 2, 64, 64), "m64n128w4s1", {}),
         ((1, 150, 113, 1, 1, 64, 64), "m192n128w12s3-overlap-pingpong-persistent", bhsd),
         ((1, 40, 300, 1, 1, 64, 64), "m64n128w4s2b2-l128", window),
+        ((1, 150, 270, 1, 1, 64, 64), "m64n128w4s2-c2-overlap-persistent", causal),
     )
     for i, (shape, tile, options) in enumerate(table):
         dtype = ("float16", "bfloat16")[i % 2]

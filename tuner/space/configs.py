@@ -294,6 +294,9 @@ class Space:
 
     def _pointless_cap(self, config: MmaConfig, limits: Architecture) -> str | None:
         """Why a register cap would change nothing or cannot be met; None if it may help."""
+        chosen = getattr(config, "consumer_registers", 0)
+        if chosen and config.registers == replace(config, consumer_registers=0).registers:
+            return f"{chosen} registers are what warps that multiply have anyway"
         if not config.min_blocks:
             return None
         smem = config.smem_bytes(self.problem.traits)

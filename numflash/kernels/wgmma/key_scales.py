@@ -21,7 +21,7 @@ from numflash.ptx import (
 from numflash.ptx.memory import st_shared_f32
 from numflash.tiles import blocks, sequences, steps
 from numflash.tiles.addresses import first_of_head
-from numflash.tiles.blocks import next_place
+from numflash.tiles.blocks import next_place, next_place_of_cluster
 from numflash.tiles.mma.fp8_operands import scale_of_key
 from numflash.tiles.mma.fp8_softmax import KeyScales
 from numflash.tiles.mma.fragments import place_of_column
@@ -38,7 +38,8 @@ def make_assist(config: Sm90Fp8ForwardConfig, traits: Traits):
     SCALES, words, parts = ring.SCALES, ring.scales.words, config.stage_n // threads
     at = KeyScales(ring.scales.first, stage_n)
     of_k, of_v_log2, of_v_inverse = at.k, at.v_log2, at.v_inverse
-    place_of = blocks.make_place_of(config.tile_m, traits)
+    place_of = blocks.make_place_of(config.block_rows, traits)
+    following_place = next_place if config.cluster == 1 else next_place_of_cluster
     sequence_of, keys_of = sequences.make_sequence_of(traits), steps.make_keys_of(config, traits)
     is_computed, tile_at = make_is_computed(traits), steps.make_tile_at(traits, stage_n)
 
@@ -89,7 +90,7 @@ def make_assist(config: Sm90Fp8ForwardConfig, traits: Traits):
                 SCALES.filled(barriers, stage)
                 stage, parity = SCALES.following(stage, parity)
                 step = i32(step + 1)
-            number = next_place(number, turn)
+            number = following_place(number, turn)
             turn = u32(turn ^ u32(1))
 
     return assist
