@@ -299,9 +299,9 @@ channels  overlap  one warpgroup gives back
 channels  persistent  the first warp gives back for all
     if mov_tid_x() % threads == 0 -> if mov_tid_x() % WARPGROUP < arrivals
 skeleton  persistent  four warps fetch
-    if mov_tid_x() < num_consumers + 32 and elect_sync() != 0 -> if elect_sync() != 0
+    if mov_tid_x() < num_consumers + 32: -> if True:
 skeleton  persistent  the warp that fetches does it with all lanes
-    num_consumers + 32 and elect_sync() != 0 -> num_consumers + 32
+    if elect_sync() != 0: -> if True:
 skeleton  overlap  more registers than there are
     "inc", many -> "inc", many + 8
 skeleton  overlap  all registers kept
