@@ -213,9 +213,8 @@ def test_every_question_is_of_configs_that_can_be_forced(steps):
             changed.add((field, getattr(each, field)))
     assert {("tile_n", 176), ("v_stages", 3), ("cluster", 2)} <= changed
     # Blocks that wait for each other may hang: nothing comes behind them.
-    assert [each for each in steps if any("-c2" in name for name in each.get("peers", ()))] == [
-        steps[-1]
-    ]
+    pairs = [step for step in steps if any("-c2" in name for name in step.get("peers", ()))]
+    assert pairs == [steps[-1]]
 
 
 @pytest.mark.parametrize(
