@@ -6,16 +6,18 @@ measurements: each choice of each dimension gets a factor by which the model err
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from optuna.distributions import CategoricalDistribution
 
 from numflash.configs import Config
+from numflash.problem.classes import ProblemClass
 
 from .. import model
 from ..space.configs import Space
+from ..space.machines import Machine
 
 _FEWEST_TIMES = 6
 """Measured configs from which the model's errors are learned."""
@@ -142,8 +144,14 @@ class Candidates:
 
 def _estimate(space: Space, config: Config, by: Callable = model.estimate) -> float:
     """Milliseconds by formula; infinite where no block fits."""
+    return _milliseconds(by, space.machine, space.problem, config)
+
+
+@lru_cache(maxsize=1 << 15)
+def _milliseconds(by: Callable, machine: Machine, problem: ProblemClass, config: Config) -> float:
+    """The same, remembered: a space is asked when it is counted, and again when it is searched."""
     try:
-        return by(space.machine, space.problem, config).ms
+        return by(machine, problem, config).ms
     except ValueError:
         return math.inf
 
