@@ -61,8 +61,8 @@ def inline_assembly(
                 continue
             if isinstance(operand, Shared):
                 array = context.make_array(array_types[name])(context, builder, values[name])
-                address = _shared_address(builder, array.data, values[operand.index])
-                asm.input(name, np.uint32, [address])
+                element = builder.gep(array.data, [values[operand.index]])
+                asm.input(name, np.uint32, [_shared_address(builder, element)])
             elif isinstance(operand, Global):
                 element = builder.gep(values[name], [values[operand.index]])
                 # Of a pointer the compiler shares what several addresses have in common.
@@ -102,15 +102,9 @@ def _with_parameters(body: Callable, typer: Callable) -> Callable:
     return function
 
 
-def _shared_address(builder, first, index):
-    """The address of element `index`, computed in 32 bits where the index has as many."""
-    element, address = first.type.pointee, ir.IntType(32)
-    space = ir.PointerType(element, addrspace=_SHARED_SPACE)
-    if index.type == address:
-        start = builder.ptrtoint(builder.addrspacecast(first, space), address)
-        return builder.add(start, builder.mul(index, ir.Constant(address, element.width // 8)))
-    pointer = builder.addrspacecast(builder.gep(first, [index]), space)
-    return builder.ptrtoint(pointer, address)
+def _shared_address(builder, pointer):
+    space = ir.PointerType(pointer.type.pointee, addrspace=_SHARED_SPACE)
+    return builder.ptrtoint(builder.addrspacecast(pointer, space), ir.IntType(32))
 
 
 class _Operands:

@@ -11,7 +11,7 @@ memory after its `fence_proxy_async`.
 
 from numflash.ptx.instruction import instruction
 from numflash.ptx.operands import Shared
-from numflash.ptx.scalars import TensorMap, i32, i64, u32, u64
+from numflash.ptx.scalars import TensorMap, i32, u32, u64
 from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
@@ -41,10 +41,10 @@ def tensor_template(text: str, n: int) -> str:
 @instruction(tensor_template(_LOAD, 2), sm=90)
 def cp_async_bulk_tensor_2d(
     target: Shared(u32, "target_offset"),
-    target_offset: i64,
+    target_offset: i32,
     tensor_map: TensorMap,
     barriers: Shared(u64, "index"),
-    index: i64,
+    index: i32,
     policy: u64,
     c0: i32,
     c1: i32,
@@ -59,10 +59,10 @@ def cp_async_bulk_tensor_2d(
 @instruction(tensor_template(_LOAD, 3), sm=90)
 def cp_async_bulk_tensor_3d(
     target: Shared(u32, "target_offset"),
-    target_offset: i64,
+    target_offset: i32,
     tensor_map: TensorMap,
     barriers: Shared(u64, "index"),
-    index: i64,
+    index: i32,
     policy: u64,
     c0: i32,
     c1: i32,
@@ -75,10 +75,10 @@ def cp_async_bulk_tensor_3d(
 @instruction(tensor_template(_LOAD, 4), sm=90)
 def cp_async_bulk_tensor_4d(
     target: Shared(u32, "target_offset"),
-    target_offset: i64,
+    target_offset: i32,
     tensor_map: TensorMap,
     barriers: Shared(u64, "index"),
-    index: i64,
+    index: i32,
     policy: u64,
     c0: i32,
     c1: i32,
@@ -92,10 +92,10 @@ def cp_async_bulk_tensor_4d(
 @instruction(tensor_template(_LOAD, 5), sm=90)
 def cp_async_bulk_tensor_5d(
     target: Shared(u32, "target_offset"),
-    target_offset: i64,
+    target_offset: i32,
     tensor_map: TensorMap,
     barriers: Shared(u64, "index"),
-    index: i64,
+    index: i32,
     policy: u64,
     c0: i32,
     c1: i32,
@@ -113,7 +113,7 @@ def cp_async_bulk_tensor_2d_store(
     c0: i32,
     c1: i32,
     source: Shared(u32, "source_offset"),
-    source_offset: i64,
+    source_offset: i32,
 ):
     """The tile in shared memory to (c0, c1), as part of the next bulk group.
 
@@ -129,7 +129,7 @@ def cp_async_bulk_tensor_3d_store(
     c1: i32,
     c2: i32,
     source: Shared(u32, "source_offset"),
-    source_offset: i64,
+    source_offset: i32,
 ):
     """As `cp_async_bulk_tensor_2d_store` in three dimensions."""
     _store(tensor_map, (c0, c1, c2), source, source_offset)
@@ -143,7 +143,7 @@ def cp_async_bulk_tensor_4d_store(
     c2: i32,
     c3: i32,
     source: Shared(u32, "source_offset"),
-    source_offset: i64,
+    source_offset: i32,
 ):
     """As `cp_async_bulk_tensor_2d_store` in four dimensions."""
     _store(tensor_map, (c0, c1, c2, c3), source, source_offset)
@@ -158,7 +158,7 @@ def cp_async_bulk_tensor_5d_store(
     c3: i32,
     c4: i32,
     source: Shared(u32, "source_offset"),
-    source_offset: i64,
+    source_offset: i32,
 ):
     """As `cp_async_bulk_tensor_2d_store` in five dimensions."""
     _store(tensor_map, (c0, c1, c2, c3, c4), source, source_offset)

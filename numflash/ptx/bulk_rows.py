@@ -9,7 +9,7 @@ import numpy as np
 
 from numflash.ptx.instruction import instruction
 from numflash.ptx.operands import Global, Shared
-from numflash.ptx.scalars import f32, i64, u32, u64
+from numflash.ptx.scalars import f32, i32, i64, u32, u64
 from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
@@ -26,12 +26,12 @@ _NAN, _TINY = u32(0x7FFFFFFF).view(f32), np.finfo(np.float32).tiny
 )
 def cp_async_bulk(
     target: Shared(u32, "target_offset"),
-    target_offset: i64,
+    target_offset: i32,
     source: Global(f32, "source_offset"),
     source_offset: i64,
     n_bytes: u32,
     barriers: Shared(u64, "index"),
-    index: i64,
+    index: i32,
 ):
     """n_bytes of `source` to `target`, counted by the mbarrier `index`. PTX ISA 9.7.9.25.4.1."""
     span = Span(source.block(source_offset, int(n_bytes), 16))
@@ -46,7 +46,7 @@ def cp_async_bulk_store(
     target: Global(f32, "target_offset"),
     target_offset: i64,
     source: Shared(u32, "source_offset"),
-    source_offset: i64,
+    source_offset: i32,
     n_bytes: u32,
 ):
     """n_bytes in shared memory to `target`, as part of the next bulk group.
@@ -65,7 +65,7 @@ def cp_reduce_async_bulk_add_f32(
     target: Global(f32, "target_offset"),
     target_offset: i64,
     source: Shared(u32, "source_offset"),
-    source_offset: i64,
+    source_offset: i32,
     n_bytes: u32,
 ):
     """Add n_bytes of float32 in shared memory to `target`, as part of the next bulk group.

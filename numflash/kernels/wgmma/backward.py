@@ -115,7 +115,7 @@ from numflash.tiles.wgmma.scores import (
     make_draw_by_column,
     make_shape_scores_by_column,
 )
-from numflash.tiles.wgmma.transposition import make_store_transposed, transposed_place
+from numflash.tiles.wgmma.transposition import make_place_in_slabs, make_store_transposed
 from numflash.tiles.wgmma.turns import WARPGROUP, group_of_thread
 from numflash.tiles.wgmma.turns_of_blocks import (
     make_adds_last,
@@ -280,7 +280,7 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of)
         _make_tile(config, traits, channels, False, x) for x in (True, False)
     )
     leave_dq = _make_leave_dq(config, traits, channels)
-    slab_words = tile_m * SLAB_BYTES // 4
+    place_in_ds = make_place_in_slabs(tile_m)
     finish_dk = make_finish(traits, walk_of, traits.head_dim)
     finish_dv = make_finish(traits, walk_of, traits.head_dim_v)
 
@@ -305,9 +305,7 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of)
             # Rows of K past the end are zeros, whose P may be infinite: every tile is masked.
             whole = Whole(whole.first, i32(-1))
         keys = OwnedKeys(place.start, whole, sequence, from_keys)
-        # Kept, because it is long to compute: this thread's word in a buffer of dS.
-        ds_place = i32(mov_tid_x() // WARPGROUP * slab_words + transposed_place())
-        owned = keys, place.batch, mask, ds_place
+        owned = keys, place.batch, mask, place_in_ds()
         for i in range(n_dk):
             dk_acc[i] = f32(0)
         for i in range(n_dv):
@@ -428,6 +426,8 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
     tile_at = steps.make_tile_at(traits, tile_m, by_keys=True)
     bends = traits.shapes_scores
     leaves_dq = adds and not is_first
+    # With dropout the place in dS is computed again: registers are scarce.
+    place_in_ds, drops = make_place_in_slabs(tile_m), traits.drops_weights
 
     @device_function
     def tile(arrays, smem, barriers, owned, at, step, head, scores):
@@ -474,7 +474,9 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
         gradients(s_acc, dp_acc, smem, delta_smem + own, scores.softmax_scale)
         pack(ds_packed, dp_acc)
         ds_now = stage if alternates else number & 1
-        store_ds(ds_packed, smem, ds_smem + ds_now * ds_words + ds_place)
+        store_ds(
+            ds_packed, smem, ds_smem + ds_now * ds_words + (place_in_ds() if drops else ds_place)
+        )
         # Hazard: products would not see these writes.
         fence_proxy_async()
         begin_dk(dk_acc, ds_packed, q_now)

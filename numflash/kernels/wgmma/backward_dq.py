@@ -140,12 +140,12 @@ def _make_produce(config: Sm90BackwardDqConfig, traits: Traits, channels, walk_o
             K.claim(barriers, stage, parity)
             # Hazard: K would count as full before all of its slabs have arrived.
             K.expect(barriers, stage, k_bytes)
-            fetch_k(smem, barriers, i32(K.full + stage), k_map, stage, at_k, head_kv, of_k.entry)
+            fetch_k(smem, barriers, K.full + stage, k_map, stage, at_k, head_kv, of_k.entry)
             # Hazard: this V would overwrite the one that a warpgroup still multiplies.
             V.claim(barriers, stage, parity)
             # Hazard: V would count as full before all of its slabs have arrived.
             V.expect(barriers, stage, v_bytes)
-            fetch_v(smem, barriers, i32(V.full + stage), v_map, stage, at_v, head_kv, of_v.entry)
+            fetch_v(smem, barriers, V.full + stage, v_map, stage, at_v, head_kv, of_v.entry)
             stage, parity = K.following(stage, parity)
 
     return produce

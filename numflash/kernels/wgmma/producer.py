@@ -65,7 +65,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
                 target,
                 q_map,
                 barriers,
-                i32(Q.full + group),
+                Q.full + group,
                 EVICT_FIRST,
                 column,
                 0,

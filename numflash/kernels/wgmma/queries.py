@@ -85,12 +85,12 @@ def make_produce(config, traits: Traits, channels, walk_of):
             Q.claim(barriers, stage, parity)
             # Hazard: Q would count as full before all of its slabs have arrived.
             Q.expect(barriers, stage, q_bytes)
-            fetch_q(smem, barriers, i32(Q.full + stage), q_map, stage, at_q, head, of_q.entry)
+            fetch_q(smem, barriers, Q.full + stage, q_map, stage, at_q, head, of_q.entry)
             # Hazard: this dO would overwrite the one that a warpgroup still multiplies.
             DO.claim(barriers, stage, parity)
             # Hazard: dO would count as full before all of its slabs have arrived.
             DO.expect(barriers, stage, do_bytes)
-            fetch_do(smem, barriers, i32(DO.full + stage), do_map, stage, at_do, head, of_do.entry)
+            fetch_do(smem, barriers, DO.full + stage, do_map, stage, at_do, head, of_do.entry)
             stage, parity = Q.following(stage, parity)
             step, head, end = next_step(walk, step, head, end)
 

@@ -9,6 +9,7 @@ from functools import cache
 from numflash.ptx import device_function, i32, mov_tid_x, stmatrix_x4_trans
 from numflash.tiles.unrolled import make_unrolled
 from numflash.tiles.wgmma.products import SLAB_BYTES
+from numflash.tiles.wgmma.turns import WARPGROUP
 
 _ROW_WORDS = SLAB_BYTES // 4
 _STEP = 16  # queries
@@ -47,3 +48,15 @@ def transposed_place():
     warp, lane = thread // 32 % 4, thread % 32
     row, chunk = lane // 16 * 8 + lane % 8, 2 * warp + lane // 8 % 2
     return i32(row * _ROW_WORDS + 4 * (chunk ^ (lane % 8)))
+
+
+@cache
+def make_place_in_slabs(queries):
+    """place_in_slabs(): `transposed_place` in this warpgroup's slab of those side by side."""
+    slab_words = queries * _ROW_WORDS
+
+    @device_function
+    def place_in_slabs():
+        return i32(mov_tid_x() // WARPGROUP * slab_words + transposed_place())
+
+    return place_in_slabs
