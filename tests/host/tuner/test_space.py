@@ -105,9 +105,11 @@ def test_gradients_of_sequences_have_every_form_that_those_of_one_length_have(gp
         if not ragged.runs:
             continue
         found = set(map(str, ragged.feasible))
+        # Who walks through lists leaves warps that multiply 8 registers fewer.
+        few = [each for each in dense.feasible if "may have 232" in str(ragged.failure(each))]
         # One kernel on `mma` leaves parts of dQ, which no list of tiles describes.
         wanted = {x for x in map(str, dense.feasible) if family != "backward" or "sm90" in x}
-        assert found == wanted
+        assert found == wanted - set(map(str, few)) and len(found) > 4 * len(few)
         has_roles = any(x.endswith("-roles") for x in found)
         assert has_roles == (gpu == "H200" and family == "backward-dkdv")
 
