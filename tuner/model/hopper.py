@@ -216,7 +216,8 @@ def estimate(machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig)
         ValueError: as `predict`.
     """
     traits = problem.traits
-    slower = SPILLED_TIMES if config.registers[1] < expected_registers(config, traits) else 1.0
+    spills = config.registers_of(traits)[1] < expected_registers(config, traits)
+    slower = SPILLED_TIMES if spills else 1.0
     return _by_formula(machine, problem, config, slower)
 
 
