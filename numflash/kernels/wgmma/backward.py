@@ -421,12 +421,9 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
     bend, drop = make_bend(n_tiles, traits), make_drop(n_tiles, traits)
     store_ds = make_store_transposed(tile_m)
     leave_dq = _make_leave_dq(config, traits, channels)
-    args_of_head = features.make_args_of_head(traits)
+    args_of_head, place_in_ds = features.make_args_of_head(traits), make_place_in_slabs(tile_m)
     tile_at = steps.make_tile_at(traits, tile_m, by_keys=True)
-    bends = traits.shapes_scores
-    leaves_dq = adds and not is_first
-    # With dropout the place in dS is computed again: registers are scarce.
-    place_in_ds = make_place_in_slabs(tile_m)
+    bends, leaves_dq = traits.shapes_scores, adds and not is_first
 
     @device_function
     def tile(arrays, smem, barriers, owned, at, step, head, scores):
@@ -474,6 +471,7 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
         pack(ds_packed, dp_acc)
         ds_now = stage if alternates else number & 1
         if drops:
+            # Computed again with dropout: registers are scarce.
             ds_place = place_in_ds()
         store_ds(ds_packed, smem, ds_smem + ds_now * ds_words + ds_place)
         # Hazard: products would not see these writes.
