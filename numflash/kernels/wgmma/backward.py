@@ -26,10 +26,10 @@ The main loop in machine code, a warpgroup and a tile (bfloat16, head_dim 128, 6
      32 MUFU, FFMA       P from S and lse; 8 LDS for lse and delta
      32 FFMA, FMUL       dS from P, dP and delta; 32 F2FP
       4 STSM, 8 STS      dS transposed, and dQ of the tile before
-    170 others           descriptors of products most of all; 382 in all
+    182 others           descriptors of products most of all; 394 in all
 
-At head_dim 64, in tiles of 64 x 192, the warpgroup with dQ issues 367 for 896 clocks, each of the
-other two 286 for 512.
+At head_dim 64, in tiles of 64 x 192, the warpgroup with dQ issues 377 for 896 clocks, each of the
+other two 294 for 512.
 
 Tiles may be those of lists: of sequences with lengths of their own, or of a block mask.
 
@@ -394,7 +394,6 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
     offsets = config.smem_offsets(traits)
     lse_smem, delta_smem, ds_smem = offsets["lse"], offsets["delta"], offsets["ds"]
     ds_words, num_consumers = config.tiles(traits)["ds"] // 2, 32 * config.num_warps
-    # Operands count in units of 16 bytes.
     ds_step, group_step = ds_words >> 2, WARPGROUP_ROWS * SLAB_BYTES >> 4
     ds_of = products.make_operand(tile_m * SLAB_BYTES, ds_smem)
     # Two stages come in turn as the two buffers of dS do.
@@ -412,7 +411,7 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
     wait_for_dv = make_wgmma_wait_group(2 if adds else 1, n_dv)
     wait_for_dk = make_wgmma_wait_group(1 if adds else 0, n_dk)
     wait_for_dq = make_wgmma_wait_group(0, dq_columns // 2)
-    draw = make_draw_by_column(tile_m, traits)
+    draw, drops = make_draw_by_column(tile_m, traits), traits.drops_weights
     shape_scores = make_shape_scores_by_column(tile_m, traits, masks_keys=True)
     pack, pack_kept = products.make_pack(dtype, n_tiles), make_pack_kept(dtype, n_tiles, traits)
     # Statistics of 16 queries at once take two registers more.
@@ -422,12 +421,9 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
     bend, drop = make_bend(n_tiles, traits), make_drop(n_tiles, traits)
     store_ds = make_store_transposed(tile_m)
     leave_dq = _make_leave_dq(config, traits, channels)
-    args_of_head = features.make_args_of_head(traits)
+    args_of_head, place_in_ds = features.make_args_of_head(traits), make_place_in_slabs(tile_m)
     tile_at = steps.make_tile_at(traits, tile_m, by_keys=True)
-    bends = traits.shapes_scores
-    leaves_dq = adds and not is_first
-    # With dropout the place in dS is computed again: registers are scarce.
-    place_in_ds, drops = make_place_in_slabs(tile_m), traits.drops_weights
+    bends, leaves_dq = traits.shapes_scores, adds and not is_first
 
     @device_function
     def tile(arrays, smem, barriers, owned, at, step, head, scores):
@@ -474,9 +470,10 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
         gradients(s_acc, dp_acc, smem, delta_smem + own, scores.softmax_scale)
         pack(ds_packed, dp_acc)
         ds_now = stage if alternates else number & 1
-        store_ds(
-            ds_packed, smem, ds_smem + ds_now * ds_words + (place_in_ds() if drops else ds_place)
-        )
+        if drops:
+            # Computed again with dropout: registers are scarce.
+            ds_place = place_in_ds()
+        store_ds(ds_packed, smem, ds_smem + ds_now * ds_words + ds_place)
         # Hazard: products would not see these writes.
         fence_proxy_async()
         begin_dk(dk_acc, ds_packed, q_now)
