@@ -79,6 +79,7 @@ def without(pattern: str):
     return mutate
 
 
+@thorough
 def test_dq_of_a_tile_is_exact():
     expected, got = dq()
     assert (expected == got).all()
@@ -100,6 +101,7 @@ def test_rows_are_added_in_turn():
     assert (y == expected_sums(*BULK_ROW_CASES[1].inputs)).all() and turn == 2
 
 
+@thorough
 def test_a_row_without_its_fence_is_found():
     with pytest.raises(SimulationError, match="without a fence_proxy_async"):
         sums(without(r"fence\.proxy\.async\.shared::cta;"))

@@ -8,7 +8,7 @@ import pytest
 from numflash.runtime.errors import UnsupportedError
 from numflash.simulator import DeadlockError, SimulationError
 from tests.executed.by_hand import module, run
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 
 SEEDS = range(12)
 SIZES = (2, 4)
@@ -308,6 +308,7 @@ def tiles(body: str, size: int, seed: int) -> np.ndarray:
     return x[1:]
 
 
+@thorough
 @pytest.mark.parametrize("size", SIZES)
 def test_a_ring_of_stages(size):
     expected = np.arange(TILES * TILE_BYTES // 4)

@@ -9,7 +9,7 @@ from numflash import masks
 from numflash.problem.fp8 import Fp8Recipe
 from numflash.simulator import SimulationError
 from tests.executed.conftest import normal
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 
 BF16 = ml_dtypes.bfloat16
 # Small ones compile fast.
@@ -235,6 +235,7 @@ def _configs(options: dict) -> tuple[dict, dict]:
     return {**options, "config": configs.get("forward")}, {**options, "config": backward or None}
 
 
+@thorough
 @pytest.mark.parametrize("name", some(["sm75", "combine", "sm90"], "sm90"))
 def test_what_the_linker_makes_computes_the_same_bits(executed, name):
     """nvJitLink optimises LTO-IR once more and fuses as little as NVVM."""

@@ -17,6 +17,7 @@ CASES = [
 CODED = CacheCase("sm80", 3, "several", "pairs", "causal", True, (4, 2, 32, 32))
 
 
+@thorough
 @pytest.mark.parametrize("case", some(CASES, CASES[0]), ids=str)
 def test_compiled_code_has_the_bits_of_the_simulator(executed, case):
     """In the cache; results are within their budgets."""
@@ -46,6 +47,7 @@ def test_codes_have_the_bits_of_the_simulator(executed):
     np.testing.assert_array_max_ulp(*lses, maxulp=1)
 
 
+@thorough
 def test_a_key_that_is_rotated_the_wrong_way_is_seen(executed):
     case = CASES[0]
     executed(case.arch, lambda ptx: ptx.replace("neg.f32", "mov.f32"))

@@ -6,7 +6,7 @@ import pytest
 import numflash
 from numflash.runtime.views import numpy_dtype
 from tests.executed.conftest import normal
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 
 CASES = {
     # (arch, shape, dtype of the part)
@@ -26,6 +26,7 @@ def parts(shape, dtype):
     return out, lse, part, part_lse
 
 
+@thorough
 @pytest.mark.parametrize("name", some(CASES, "16 bits", "one by one"))
 def test_compiled_code_has_the_bits_of_the_simulator(executed, name):
     arch, shape, dtype = CASES[name]

@@ -86,6 +86,7 @@ def test_what_is_another_instruction_is_seen(executed, monkeypatch, kernel, patt
     assert _is_seen(executed, monkeypatch, kernel, pattern, other, "first")
 
 
+@thorough
 @pytest.mark.parametrize("fault", some(OF_CLUSTERS, "who gets the halves", every=2))
 def test_what_is_wrong_between_blocks_is_seen(executed, monkeypatch, fault):
     assert _is_seen(executed, monkeypatch, "clusters", *OF_CLUSTERS[fault])

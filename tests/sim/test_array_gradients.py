@@ -91,6 +91,7 @@ def bias_cases():
     return covering(rows, labels, together=1)
 
 
+@thorough
 @pytest.mark.parametrize(("kept", "causal", "dtype", "dtype_of_bias"), some(bias_cases(), every=6))
 def test_a_bias_has_a_gradient_of_its_own_shape(kept, causal, dtype, dtype_of_bias):
     shape = [n if is_kept else 1 for n, is_kept in zip(SHAPE, kept, strict=True)]
@@ -317,6 +318,7 @@ IMPLEMENTATIONS = {
 }
 
 
+@thorough
 @pytest.mark.parametrize("name", some(IMPLEMENTATIONS, "sm80"))
 def test_each_implementation_has_all_ways(name, monkeypatch):
     """With an array of each dtype; of the second function one that nothing bends."""

@@ -277,6 +277,7 @@ def test_one_block_and_no_block(on, name):
     assert np.isneginf(lse).all() and not out.any() and not any(x.any() for x in gradients)
 
 
+@thorough
 @kernels("portable", "sm80-splits", "sm90-overlap", "sm90-backward", kept=["sm90-overlap"])
 def test_documents_of_each_batch_entry_with_everything_else(on, name):
     """A function that reads aux, partial blocks, softcap, sinks and a window at once."""
@@ -296,6 +297,7 @@ def test_documents_of_each_batch_entry_with_everything_else(on, name):
     check(name, arrays, block_mask=mask, window_size=(size, None), **options)
 
 
+@thorough
 @pytest.mark.parametrize(
     ("config", "arch", "dtype"),
     [
@@ -319,6 +321,7 @@ def test_decoding_packs_heads_that_share_a_list_and_splits_its_steps(on, config,
     assert report.passed, f"\n{report}"
 
 
+@thorough
 @pytest.mark.parametrize("name", some(FP8, "fp8-sm89"))
 def test_forwards_on_8_bit_floats_walk_over_lists(on, name):
     arch, size, config = FP8[name]

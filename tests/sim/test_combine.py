@@ -9,7 +9,7 @@ from numflash.configs.features import ABSENT
 from numflash.kernels.arguments import Shape, SplitTiles, Tensor
 from numflash.kernels.shared.combine import make_combine_kernel
 from numflash.simulator import GlobalPointer, launch
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 
 pytestmark = pytest.mark.usefixtures("shipped_kernels")
 
@@ -101,6 +101,7 @@ def test_the_bits_do_not_depend_on_the_number_of_warps(num_splits, head_dim_v, e
     assert bits_of(*first) == bits_of(*combine(parts, part_lse, warps[-1], head_dim_v))
 
 
+@thorough
 def test_the_bits_of_a_row_are_those_of_its_own_splits():
     """Not of other rows or batch entries, nor of splits that have no keys."""
     parts, part_lse = parts_of(np.random.default_rng(3), 21, batch=3)

@@ -10,6 +10,7 @@ from numflash.tiles import sequences
 from numflash.tiles.mma import softmax as on_tensor_cores
 from numflash.tiles.portable import gradients, softmax
 from numflash.tiles.quantize import conversions
+from tests.support.covering import thorough
 from tests.support.pages import page_faults
 from tuner.explain import course
 from tuner.explain.course import page
@@ -40,6 +41,7 @@ def test_a_lesson_is_complete(number):
     assert page_faults(page.of([found])) == []
 
 
+@thorough
 def test_the_page_of_all_lessons():
     text = page.of([lesson(number) for number in CHECKS])
     assert page_faults(text, most_bytes=300_000) == []

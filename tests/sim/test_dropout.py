@@ -260,6 +260,7 @@ def test_seeds_of_all_kinds_mean_the_same():
     assert results(*arrays, dropout_p=P, seed=5 + 2**32) != expected
 
 
+@thorough
 def test_other_seeds_and_shares_make_nothing_ready_again():
     q, k, v, _ = inputs()
     outs, counts = [], []
@@ -271,6 +272,7 @@ def test_other_seeds_and_shares_make_nothing_ready_again():
     assert counts == [1] * 4
 
 
+@thorough
 def test_a_plan_reads_its_seed_again():
     q, k, v, _ = inputs()
     seed = np.array([1])
@@ -421,6 +423,7 @@ FAULTY = (
 )
 
 
+@thorough
 @pytest.mark.parametrize("name", some([None, *FAULTS], every=2))
 def test_a_kernel_that_drops_wrongly_is_found(on, monkeypatch, name):
     on("sm_80")

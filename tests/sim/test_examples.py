@@ -47,6 +47,7 @@ def test_the_code_of_the_readme_runs(monkeypatch, capsys):
     assert capsys.readouterr().out.count("ok") == 2
 
 
+@thorough
 def test_the_code_of_the_page_on_fp8_runs():
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 16, 1, 64)).astype("float16")
     page = (ROOT / "docs" / "fp8.md").read_text()
@@ -55,6 +56,7 @@ def test_the_code_of_the_page_on_fp8_runs():
     exec("\n".join(lines), {"numflash": numflash, "q": q, "k": k, "v": v})
 
 
+@thorough
 def test_the_code_of_the_page_on_masks_runs(capsys):
     heads, seqlen = 2, 32
     rng = np.random.default_rng(0)
@@ -90,6 +92,7 @@ def _code_of(section: str) -> str:
     return textwrap.dedent("\n".join(x for x in text.splitlines() if x.startswith("    ")))
 
 
+@thorough
 def test_the_code_on_lengths_runs():
     q, k, v, dout = np.random.default_rng(0).standard_normal((4, 30, 2, 16)).astype("float16")
     ends = np.array([0, 12, 30], np.int32)

@@ -12,6 +12,7 @@ from numflash.kernels.wgmma import skeleton
 from numflash.problem.problem import AttentionProblem
 from numflash.ptx import mov_ctaid_x, mov_tid_x
 from numflash.selection.layout import launch_of, persistent_walks, places
+from tests.support.covering import thorough
 
 BATCH, Q, K, HEADS, HEADS_KV, DIM = 1, 40, 70, 2, 2, 32
 PROBLEM = AttentionProblem(
@@ -44,6 +45,7 @@ def arrays():
     return [rng.standard_normal(size).astype(np.float16) for size in sizes]
 
 
+@thorough
 @pytest.mark.parametrize(
     ("module", "family", "text", "in_flight"),
     [

@@ -10,7 +10,7 @@ from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import WHOLE, Origin, describe
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.views import ArrayView, contiguous_strides
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 
 HEADS, SEQLEN = 8, 24
 SINKS = np.linspace(-2, 4, HEADS, dtype=np.float32)
@@ -48,6 +48,7 @@ def inputs(dtype, head_dim=32):
     return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
+@thorough
 @pytest.mark.parametrize("slopes", some(SLOPES, "by batch entry"))
 @pytest.mark.parametrize("name", some(KERNELS, "sm80-split"))
 def test_a_part_of_the_heads_and_queries_computes_its_share(on, name, slopes):
@@ -95,6 +96,7 @@ def test_the_gradients_of_parts_are_those_of_the_whole():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@thorough
 def test_functions_and_biases_see_the_numbers_of_the_whole():
     q, k, v, dout = inputs("float32", 16)
     rng = np.random.default_rng(5)
@@ -115,6 +117,7 @@ def test_functions_and_biases_see_the_numbers_of_the_whole():
     assert report.passed, f"\n{report}"
 
 
+@thorough
 def test_arrays_of_heads_may_have_any_strides_and_more_heads():
     q, k, v, _ = inputs("float32", 16)
     few = np.s_[:1, :, :2]

@@ -30,6 +30,7 @@ def test_passes_after_a_hang():
 """
 
 
+@thorough
 def test_every_test_gets_its_outcome(tmp_path, monkeypatch):
     # One of two children goes on after a crash, the other after a hang.
     monkeypatch.setattr(checks, "HANG_SECONDS", 3)
@@ -51,6 +52,7 @@ def test_every_test_gets_its_outcome(tmp_path, monkeypatch):
     assert "assert 1 == 2" in outcomes["test_rough.py::test_fails"]["reason"]
 
 
+@thorough
 def test_tests_that_cannot_be_collected_end_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(record, "_gpu", lambda *_: "GPU X")
     monkeypatch.setattr(checks, "ROOT", tmp_path)

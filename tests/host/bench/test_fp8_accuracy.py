@@ -18,6 +18,7 @@ from bench.fp8_accuracy.methods import BY_NAME, KERNELS, METHODS, SPECIFICATION,
 from bench.fp8_accuracy.methods import tiled_attention as tiled
 from bench.records import record
 from numflash import reference
+from tests.support.covering import thorough
 from tests.support.drawings import faults
 
 SMALL = Input("outliers", 64, 256, draws=2, queries=128)
@@ -234,6 +235,7 @@ def test_a_kernel_that_fails_costs_only_its_own_figure(monkeypatch):
 # The command, the page
 
 
+@thorough
 def test_a_quick_run_leaves_a_record(quick, capsys):
     status, found, _ = quick
     assert status == 0

@@ -172,6 +172,7 @@ def small(monkeypatch):
     monkeypatch.setattr(quantize, "CASES", cases)
 
 
+@thorough
 @needs_simulator
 def test_quantisation_is_measured_next_to_a_copy_of_as_many_bytes(small):
     device, begun = Device({"quantize": 5.0, "copy": 4.0}), []

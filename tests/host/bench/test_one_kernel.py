@@ -17,6 +17,7 @@ from numflash.machine_code.compiler import letter_of
 from numflash.runtime import driver
 from numflash.runtime.mode import SIMULATED
 from tests.support import fake_gpu
+from tests.support.covering import thorough
 
 in_the_simulator = pytest.mark.skipif(not SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1")
 CONFIG = "sm90-m64n64w4s2"
@@ -57,6 +58,7 @@ def _gradients(name, inputs, seed, monkeypatch):
     return peers.find(name).prepare(POINT, inputs).call()
 
 
+@thorough
 @in_the_simulator
 @pytest.mark.parametrize("change", one_kernel.CHANGES)
 def test_gradients_of_a_changed_kernel(change, inputs, on_hopper, monkeypatch):
@@ -74,6 +76,7 @@ def test_gradients_of_a_changed_kernel(change, inputs, on_hopper, monkeypatch):
         np.testing.assert_allclose(found[name].astype(np.float32), expected, atol=4e-3)
 
 
+@thorough
 @in_the_simulator
 def test_a_group_that_does_not_run_together_waits_for_ever(inputs, on_hopper, monkeypatch):
     from numflash.simulator.errors import DeadlockError

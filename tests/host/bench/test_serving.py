@@ -130,6 +130,7 @@ def small_kernels(monkeypatch):
     prefer_small_kernels(monkeypatch)
 
 
+@thorough
 @needs_simulator
 @pytest.mark.usefixtures("small_kernels")
 @pytest.mark.parametrize("point", some(POINTS, POINTS[2]), ids=str)

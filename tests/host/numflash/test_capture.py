@@ -19,6 +19,7 @@ from numflash.problem.options import AttentionOptions
 from numflash.runtime.arrays import library_of
 from numflash.runtime.mode import SIMULATED
 from numflash.selection import autotune, capture, store
+from tests.support.covering import thorough
 from tests.support.tuned_classes import (
     HERE,
     SIMULATED_DEVICE,
@@ -51,6 +52,7 @@ def test_classes_are_captured_once_and_read_back(tmp_path, monkeypatch):
     assert WANTED in found and replace(WANTED, seqlen_q=1024, seqlen_k=1024) in found
 
 
+@thorough
 @needs_simulator
 def test_sequences_and_pages_are_captured_but_not_where_bits_must_not_depend_on_a_class(
     tmp_path, monkeypatch

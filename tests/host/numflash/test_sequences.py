@@ -20,6 +20,7 @@ from numflash.reference.sequences import extents_of, lists_of, split_length
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView, fresh
 from numflash.tiles import blocks
+from tests.support.covering import thorough
 from tests.support.sequence_cases import CASES, SPLITS, packed
 
 
@@ -125,6 +126,7 @@ def test_the_bound_of_parts_is_met():
     assert room.slots == max(made.slots) + 1 == 8
 
 
+@thorough
 def test_tiles_have_so_many_more_records_as_shares_at_most():
     """Whatever the lengths: of random ones, with begins that splits may tear."""
     rng = np.random.default_rng(7)

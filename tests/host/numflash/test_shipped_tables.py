@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.covering import thorough
+
 pytest.importorskip("optuna")
 
 from numflash.configs import parse_config
@@ -166,6 +168,7 @@ def test_what_was_measured_is_not_judged_by_the_model():
     assert shipping.why_not(H100, entry(DEFAULT, origin="measured")) == "is the default"
 
 
+@thorough
 def test_only_what_differs_from_the_default_is_shipped(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("NUMFLASH_CACHE_DIR", "of the user")
     monkeypatch.setattr(shipping, "_PROBLEMS", ("--head-dim 64 --mask full",))

@@ -92,6 +92,7 @@ def test_configs_of_the_same_machine_code_are_compiled_once():
         assert said(first).startswith(f"forward {FINE}x2 {TRAITS} sm_80")
 
 
+@thorough
 def test_what_fails_costs_its_own_config():
     """One process: each failure but the first comes to one that was started for it."""
     with CompilePool("sm_80", 1, timeout=6.0, work=work) as pool:

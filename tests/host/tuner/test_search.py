@@ -14,7 +14,7 @@ import optuna
 
 from numflash.configs import parse_config
 from numflash.problem.classes import ProblemClass
-from tests.support.covering import FULL, some
+from tests.support.covering import FULL, some, thorough
 from tests.support.synthetic_recording import recording_of
 from tuner import SAMPLERS, model
 from tuner.measuring.replay import Replay
@@ -123,6 +123,7 @@ def test_the_default_and_the_favourites_come_first():
     assert {record.config for record in told[1:4]} <= set(map(str, estimates[:4]))
 
 
+@thorough
 def test_of_favourites_that_the_model_cannot_tell_apart_one_is_tried():
     hopper = ProblemClass.parse("forward bfloat16-d128-dv128-vec full q4096 k4096 bh64 g1")
     candidates = Candidates(Space(hopper, machines.find("H200"), Budgets()))
@@ -132,6 +133,7 @@ def test_of_favourites_that_the_model_cannot_tell_apart_one_is_tried():
     assert list(candidates.estimates[found]) == sorted(candidates.estimates[found])
 
 
+@thorough
 def test_without_a_gpu_what_could_not_displace_the_default_is_not_compiled():
     space = space_of()
     search = make_search(space)
@@ -335,6 +337,7 @@ def test_a_target_ends_the_search():
     assert search.fastest().time_ms <= 101 * max(search.floor_ms.values())
 
 
+@thorough
 def test_slow_configs_are_stopped_after_a_few_samples():
     space = space_of()
     told = run(make_search(space, Replay(recording_of(space, 1))))
@@ -344,6 +347,7 @@ def test_slow_configs_are_stopped_after_a_few_samples():
     assert all(3 <= n < 9 for n in samples) and samples.count(3) > 0.9 * len(samples)
 
 
+@thorough
 def test_what_fails_is_a_record_and_other_layouts_of_its_code_are_left_out():
     space = space_of(FORWARD)
     default = space.default

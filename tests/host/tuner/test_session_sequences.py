@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.support.covering import thorough
+
 pytest.importorskip("optuna")
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.devices import architecture
@@ -21,6 +23,7 @@ TEXTS = (
 )
 
 
+@thorough
 def test_what_was_measured_is_remembered_beside_others_and_found():
     tune(Stopwatch(), problems=(DQ,))
     (before,) = store.read(DEVICE)

@@ -8,7 +8,7 @@ import pytest
 
 from numflash.configs import MmaConfig, Sm90ForwardConfig, Traits, parse_config
 from numflash.problem.classes import ProblemClass
-from tests.support.covering import ALL, covering, some
+from tests.support.covering import ALL, covering, some, thorough
 from tuner.records import ResourceUsage
 from tuner.space import machines
 from tuner.space.configs import Budgets, EmptySpaceError, Space, warpgroup_registers
@@ -292,6 +292,7 @@ def test_on_hopper_both_implementations_are_searched():
     assert {64, 80, 112, 176} <= {config.tile_n for config in configs}
 
 
+@thorough
 def test_clusters_are_tried_where_a_gpu_judges_and_nowhere_else():
     predicted = space(HOPPER, "NVIDIA H200")
     measured = replace(predicted, is_measured=True)

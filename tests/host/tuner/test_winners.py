@@ -121,6 +121,7 @@ def test_offline_a_twin_of_what_failed_is_tried():
     assert tried.count("predicted") == 1, tried
 
 
+@thorough
 def test_with_a_gpu_twins_are_tried():
     space = space_of()
     told = run(make_search(space, Replay(recording_of(space, 0))))
@@ -146,6 +147,7 @@ def test_ties_go_to_less_shared_memory():
     assert reasons[-1] == ""
 
 
+@thorough
 def test_nothing_that_works_is_an_error_that_says_what_failed():
     space = space_of()
     search = make_search(space, pool=InstantPool(space, spills=map(str, space.feasible)))
@@ -154,6 +156,7 @@ def test_nothing_that_works_is_an_error_that_says_what_failed():
         search.winner()
 
 
+@thorough
 def test_importances_are_shares():
     space = space_of()
     search = make_search(space, Replay(recording_of(space, 0)))

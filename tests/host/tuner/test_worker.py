@@ -86,6 +86,7 @@ def test_a_worker_checks_and_times_a_kernel(served, monkeypatch, problem, config
     assert ran[0][1] == config
 
 
+@thorough
 @pytest.mark.parametrize(
     "problem, config, launched",
     [
@@ -112,6 +113,7 @@ def test_a_worker_checks_8_bit_floats_and_times_the_kernel_that_reads_codes(
     assert ran[0][1] == config
 
 
+@thorough
 def test_a_kernel_on_8_bit_floats_that_is_off_is_refused(served, monkeypatch):
     api = importlib.import_module("numflash.api.attention")
     right = api.attention
@@ -126,6 +128,7 @@ def test_a_kernel_on_8_bit_floats_that_is_off_is_refused(served, monkeypatch):
     assert caught.value.args[0] == "wrong_result" and served.device.launches == 0
 
 
+@thorough
 @pytest.mark.parametrize(
     "problem, config, launched",
     [
@@ -365,6 +368,7 @@ worker.serve(FakeDevice(), check_seqlens=(3, 5))
 """
 
 
+@thorough
 def test_a_worker_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path))
     limits, command = Limits(max_repeats=5), [sys.executable, "-c", SERVER]

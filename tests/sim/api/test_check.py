@@ -36,6 +36,7 @@ def test_check_on_8_bit_floats(rng, granularity):
         assert error.naive_error == abs(wanted - right).max() > 1e-3
 
 
+@thorough
 def test_check_takes_8_bit_arrays_and_codes(rng):
     q, _, _ = arrays(rng, dtype=np.float16)
     quantized = fp8_arrays(rng)

@@ -63,6 +63,7 @@ def test_queries_that_lead_out_of_arrays_are_cut(rng):
     assert (out != 7).any(-1).all()
 
 
+@thorough
 def test_padded_numbers_that_lead_out_of_arrays_are_cut(rng):
     q, k, v, dout = arrays(rng, 20, 24, (3,))
     given = {"seqlens_q": ints(25, -4, 9), "seqlens_k": ints(24, 9, 2**31 - 1)}
@@ -109,6 +110,7 @@ def test_check_lengths_says_what_is_wrong(given, message, rng):
         numflash.attention_varlen(q, k, v, **given, check_lengths=True)
 
 
+@thorough
 def test_a_block_mask_goes_with_lengths(rng):
     q, k, v, dout = arrays(rng, 40, 48, (2,))
     blocks = numflash.create_block_mask(
@@ -136,6 +138,7 @@ def test_check_lengths_of_a_backward_and_of_padded_batches(rng):
     numflash.attention(x, x, x, check_lengths=True, config=FORWARD)
 
 
+@thorough
 def test_nothing_of_a_neighbour_is_seen(rng):
     q, k, v, dout = arrays(rng)
     ends = cumulative([9, 12, 9]), cumulative([10, 20, 10])
@@ -209,6 +212,7 @@ REPLAYS = {
 }
 
 
+@thorough
 @pytest.mark.parametrize("name", some(REPLAYS, "other lengths"))
 def test_what_was_captured_is_replayed_with_other_lengths(name, rng, monkeypatch):
     """A graph has launches with their arguments: all that is launched, again, in order."""

@@ -9,7 +9,7 @@ from bench.distributed.cases import Case
 from bench.distributed.command import table
 from bench.distributed.measuring import STILL, measure
 from bench.distributed.ranks import Threads
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 
 
 class Host:
@@ -26,6 +26,7 @@ class Host:
 CASE = Case(8, 2, 1, 16, dtype="float16")
 
 
+@thorough
 @pytest.mark.parametrize("direction", some(["forward", "backward"], "forward"))
 def test_a_method_is_checked_counted_and_timed(monkeypatch, direction):
     monkeypatch.setattr(measuring, "METHODS", ("ring",))

@@ -10,7 +10,7 @@ from numflash import UnsupportedError, dequantize_fp8, quantize_fp8, reference
 from numflash.distributed.communicators.local import local
 from numflash.distributed.decode import decode, shard_lengths, shard_positions, token_owner
 from tests.support.counting import counting
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 from tests.support.ranks import on_ranks
 
 BATCH, HEADS, HEADS_KV, DIM, DIM_V = 2, 4, 2, 16, 8
@@ -117,6 +117,7 @@ def test_pages_are_dealt_sinks_count_once_and_bytes_are_as_said(scatter_heads, o
         assert comm.agreements == 1
 
 
+@thorough
 @pytest.mark.parametrize("has_lengths", some([False, True], True))
 def test_shards_of_codes_have_scales_of_their_own(has_lengths, on):
     on("sm_80")

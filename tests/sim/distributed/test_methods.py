@@ -18,7 +18,7 @@ from numflash.distributed import (
 )
 from numflash.distributed import steps as schedules
 from numflash.distributed.steps import Exchange
-from tests.support.covering import ALL, FULL, covering, some
+from tests.support.covering import ALL, FULL, covering, some, thorough
 from tests.support.ranks import grid, late, on_ranks
 
 HEADS = {"alike": (2, 2), "one key-value head": (2, 1), "grouped": (4, 2)}
@@ -220,6 +220,7 @@ def test_results_and_gradients_are_within_one_gpus_budgets(name, ranks, option, 
     assert report.passed, f"\n{report}"
 
 
+@thorough
 @pytest.mark.parametrize("name", some(METHODS, "gather", "ring"))
 def test_sinks_of_documents_have_the_gradient_of_each_row_once(name):
     """Each rank has two pieces of a document, in calls of their own that take all its rows."""
@@ -232,6 +233,7 @@ def test_sinks_of_documents_have_the_gradient_of_each_row_once(name):
     assert report.passed, f"\n{report}"
 
 
+@thorough
 @pytest.mark.parametrize("name", some(METHODS, "heads and ring"))
 def test_the_bits_do_not_depend_on_when_messages_come(name):
     ranks = METHODS[name][1][-2:][0]

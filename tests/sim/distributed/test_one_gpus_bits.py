@@ -12,7 +12,7 @@ from numflash.problem.options import AttentionOptions
 from numflash.runtime.gpus import find
 from numflash.runtime.numpy_arrays import NumPy
 from numflash.runtime.views import fresh
-from tests.support.covering import ALL, some
+from tests.support.covering import ALL, some, thorough
 from tests.support.ranks import on_ranks
 
 HEADS, TOKENS, LENGTHS = (4, 2), 20, (5, 1, 14)
@@ -95,6 +95,7 @@ BY_DOCUMENT = {
 }
 
 
+@thorough
 @pytest.mark.parametrize("option", some(BY_DOCUMENT, "functions"))
 def test_options_by_documents_and_positions_in_them(option):
     """A document's number is its batch entry, as one GPU's `attention_varlen` counts them."""

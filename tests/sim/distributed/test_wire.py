@@ -10,7 +10,7 @@ from numflash import Fp8Recipe, reference
 from numflash.distributed.layouts import Layout
 from numflash.distributed.problem import sizes_of
 from numflash.distributed.wire import expect_layout_for, recipe_of, wire_of
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 
 BLOCKS = Fp8Recipe("block", 16, hadamard=False)
 ROTATED = Fp8Recipe("token", hadamard=True)
@@ -101,6 +101,7 @@ def test_bytes_are_as_said(head_dim, kind, share):
     assert not any(each.nbytes for each in wire.messages(wire.new(0), 0, 0))
 
 
+@thorough
 def test_tokens_that_nobody_sends_are_zeros_if_asked_for(on):
     on("sm_80")
     k, v = keys(16)
@@ -112,6 +113,7 @@ def test_tokens_that_nobody_sends_are_zeros_if_asked_for(on):
             assert not x[:, :16].any() and not x[:, 32:].any() and x[:, 16:32].any()
 
 
+@thorough
 @pytest.mark.parametrize("rotated", [False, True])
 def test_attention_to_what_arrives_is_within_its_budget(rotated, on):
     """3.3e-2 of out in the trial runs; e4m3 rounds to 2**-4 at most, 2.6e-2 in the mean."""
@@ -126,6 +128,7 @@ def test_attention_to_what_arrives_is_within_its_budget(rotated, on):
     assert rms(lse - wanted[1]) < 5e-2
 
 
+@thorough
 @pytest.mark.parametrize("wire", some([BLOCKS, ROTATED], BLOCKS), ids=str)
 @pytest.mark.parametrize("head_dim", some([16, 64], 16))
 def test_codes_are_multiplied_as_they_are(wire, head_dim, on):

@@ -9,7 +9,7 @@ from numflash.distributed.communicators.local import local
 from numflash.distributed.problem import sizes_of
 from numflash.distributed.wire import wire_of
 from tests.support.counting import counting
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 from tests.support.ranks import on_ranks
 
 SEQLEN, HEADS, HEADS_KV, DIM = 48, 2, 1, 16
@@ -43,6 +43,7 @@ def whole(layout, arrays, comms=None, **options):
     return on_ranks(layout.ranks, work, comms)[0]
 
 
+@thorough
 @pytest.mark.parametrize(("wire", "precision"), CASES, ids=str)
 def test_bits_of_gather_do_not_depend_on_the_ranks(wire, precision, on):
     on("sm_89" if precision else "sm_80")
@@ -74,6 +75,7 @@ def test_a_ring_sees_what_the_owners_see(wire, precision, on):
     assert rms(out - wanted[0]) / rms(wanted[0]) < budget and rms(lse - wanted[1]) < budget
 
 
+@thorough
 @pytest.mark.parametrize("method", some(["gather", "ring"], "gather"))
 def test_codes_of_documents_are_multiplied(method, on):
     """In one call for each, as these kernels know one length."""
@@ -91,6 +93,7 @@ def test_codes_of_documents_are_multiplied(method, on):
         begin += length
 
 
+@thorough
 @pytest.mark.parametrize(
     ("method", "travels"),
     some([("gather", "auto"), ("ring", "keys"), ("ring", "queries")], ("gather", "auto")),
@@ -118,6 +121,7 @@ def test_gradients_are_those_of_the_rounded_keys_and_values(method, travels, on)
         assert rms(got - other) > 1e-2 * rms(other)
 
 
+@thorough
 @pytest.mark.parametrize("method", some(["gather", "ring"], "ring"))
 def test_half_the_bytes_travel(method, on):
     on("sm_80")

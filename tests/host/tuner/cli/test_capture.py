@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.support.covering import thorough
+
 pytest.importorskip("optuna")
 from numflash.selection import store
 from numflash.selection.entries import DeviceKey
@@ -35,6 +37,7 @@ sys.exit(7)
 """
 
 
+@thorough
 def test_a_program_notes_its_classes_and_these_are_tuned(run, tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
     status, out, err = run("--capture", "noted", "--", sys.executable, "-c", PROGRAM)

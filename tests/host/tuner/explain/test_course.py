@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.covering import thorough
 from tuner.explain import course, simulated
 from tuner.explain.course.lesson import Check, Lesson, Slip, Step
 
@@ -22,6 +23,7 @@ def test_an_unknown_lesson_is_refused_with_those_that_there_are(asked):
     assert len(lines) == 11 and lines[4].split(maxsplit=1) == ["4", "6 blocks on 4 SMs"]
 
 
+@thorough
 def test_a_process_that_simulates_no_a100_starts_one_that_does(monkeypatch, capfd):
     monkeypatch.setattr(simulated, "simulating", lambda: False)
     monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "0")
