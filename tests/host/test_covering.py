@@ -102,7 +102,7 @@ def test_thorough_tests_run_where_all_do(all_run, request, monkeypatch):
     assert (items, left_out) == (([this, other], []) if all_run else ([this], [other]))
 
 
-def test_of_long_tables_a_few_rows_are_kept_and_of_faults_all():
+def test_of_long_tables_a_few_rows_are_kept_and_of_faults_others():
     plain, breaking = SimpleNamespace(), SimpleNamespace(load=load)
     names = "long", "short"
     items = [collected(name, f"{n}") for name in names for n in range(13 if name == "long" else 6)]
@@ -116,5 +116,6 @@ def test_of_long_tables_a_few_rows_are_kept_and_of_faults_all():
         item.get_closest_marker = {"whole": "a mark"}.get
     assert thinned(marked, 6) == marked
     for item in items:
-        item.module = breaking
-    assert thinned(items) == items
+        item.module, item.get_closest_marker = breaking, {}.get
+    assert thinned(items, 6, None) == items
+    assert thinned(items, 6, 1) == [items[0], items[13]]
