@@ -451,7 +451,8 @@ def test_the_simulator_is_given_the_array_and_the_layout(monkeypatch):
     arguments = {**maps, "n": 3}
     bound = launch.SimulatedLaunch(Kernel("forward", kernel, 32, 0), 7, arguments)
     bound.bind(operands)(0)
-    (function, grid, threads, (_, q_map, out_map, n), smem, _) = given[0]
+    (function, grid, threads, (_, q_map, out_map, n), smem, _, cluster) = given[0]
+    assert cluster == 1
     assert (function, grid, threads, smem, n) == (kernel, 7, 32, 0, 3)
     assert q_map[0] is arrays["q"] and q_map[1] is layouts["q"]
     assert out_map[0] is arrays["out"] and out_map[1] is layouts["out"]
