@@ -316,12 +316,6 @@ def test_a_config_that_can_run_runs(config, traits, limits):
         ("fp8-sm90-m64n64w4s1", "bfloat16-d64-dv64-vec", HOPPER, ["computes on 8-bit floats"]),
         ("fp8-sm90-m64n64w4s1", "bfloat16-d64-dv64-vec-fp8", ADA, ["sm_90a only"]),
         (
-            "fp8-sm90-m64n64w4s1",
-            "bfloat16-d64-dv64-vec-fp8-keyscales",
-            HOPPER,
-            ["scales of K or V change within a tile of keys"],
-        ),
-        (
             "sm90-m64n64w4s1-packed",
             "bfloat16-d64-dv64-alibi-vec",
             HOPPER,
