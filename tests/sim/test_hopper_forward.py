@@ -36,8 +36,9 @@ CONFIGS = tuple(configs["forward"] for configs in SMALL_CONFIGS["sm90"])
 def _cases() -> list[tuple[str, AttentionCase]]:
     """(config, case): each small case on one config, or on all of them, and the larger cases.
 
-    Masks are those of other kernels: of their cases each form and each mask once. Where not all
-    tests run, what a config can say is there, each feature, and each head_dim.
+    Masks are those of other kernels: of their cases each form and each mask once. Where not whole
+    tables run, what a config can say is there, each feature, and each head_dim; of these
+    `make test` takes two (`covering.thinned`).
     """
     small = on_hopper(SIM_CASES)
     masked = covering([case for case in small if is_of_masks(case)], masks_of, together=1)

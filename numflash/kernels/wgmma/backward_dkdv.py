@@ -163,7 +163,7 @@ def _make_consume(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk
             v_mine = products.advance(v_of(start, 0), group, group_step)
             q_now = q_of(start, stage)
             do_now = do_of(start, stage)
-            own = tile_m * stage + mov_tid_x() % 4 * 4
+            own = i32(tile_m * stage + mov_tid_x() % 4 * 4)
             # S^T = K Q^T, dP^T = V dO^T
             # Hazard: S would be made of a Q that has not arrived.
             Q.wait(barriers, stage, parity)
@@ -180,7 +180,7 @@ def _make_consume(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk
             wait_for_s(s_acc)
             shape_scores(s_acc, slopes, keys, m_start, is_full, scores, args)
             # dV += P^T dO
-            probabilities(s_acc, smem, lse_smem + own, scale_log2)
+            probabilities(s_acc, smem, i32(lse_smem + own), scale_log2)
             pack_kept(p_packed, s_acc, kept)
             begin_dv(dv_acc, p_packed, do_now)
             # dS = P * (softmax_scale dP - delta), dK += dS^T Q
@@ -188,7 +188,7 @@ def _make_consume(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk
             # Hazard: the product still writes dP.
             wait_for_dp(dp_acc)
             drop(dp_acc, kept)
-            gradients(s_acc, dp_acc, smem, delta_smem + own, scores.softmax_scale)
+            gradients(s_acc, dp_acc, smem, i32(delta_smem + own), scores.softmax_scale)
             pack(ds_packed, dp_acc)
             begin_dk(dk_acc, ds_packed, q_now)
             # Hazard: the product still reads P, and dO, which is given back.

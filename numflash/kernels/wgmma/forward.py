@@ -20,13 +20,13 @@ and pingpong; `numflash-inspect forward --arch sm_90a` shows it for any config):
      66 FMNMX         the row's maximum, with 4 SHFL across its four lanes
      64 FADD          its sum
      32 F2FP          P to bfloat16
-     83 others        descriptors of the products, barriers, the loop
+     84 others        descriptors of the products, barriers, the loop
      64 FMUL          O rescaled, only when a maximum has grown by 2 ** 8
     256 ISETP, FSEL   the mask, only on tiles that an edge crosses
 
-Each scheduler issues 393 instructions in the 1024 clocks of a turn, so two warpgroups that
+Each scheduler issues 394 instructions in the 1024 clocks of a turn, so two warpgroups that
 alternate leave the tensor cores no reason to wait. At head_dim 64 products and exponentials take
-512 clocks each and 381 instructions are issued: three warpgroups share the SM then.
+512 clocks each and 373 instructions are issued: three warpgroups share the SM then.
 
 Source: FlashAttention-3, arXiv 2407.08608, Algorithms 1 and 2.
 """

@@ -12,9 +12,9 @@ stage of keys has its scales in shared memory (`key_scales`), and P holds V's.
 
 A tile of 128 keys costs a warpgroup, at head_dim 128 with overlap and pingpong, 512 clocks of the
 tensor cores (8 QGMMA), 528 of the special-function units (66 exponentials, two of them for the
-weights) and 487 instructions of each scheduler, 64 FFMA of them to add the tile's share to O: the
+weights) and 484 instructions of each scheduler, 64 FFMA of them to add the tile's share to O: the
 clocks that 16 bits leave free are about used up. Where keys have scales of their own, 64 FMUL, 64
-FFMA and 24 LDS come in addition. Then the schedulers bound it, not the tensor cores, by 627
+FFMA and 24 LDS come in addition. Then the schedulers bound it, not the tensor cores, by 622
 instructions without overlap, for which there are no registers. No GPU has timed any of it yet.
 
 Source: FlashAttention-3, arXiv 2407.08608, section 3.3.

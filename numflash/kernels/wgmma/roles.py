@@ -22,13 +22,13 @@ The loops in machine code, a warp and a tile (bfloat16, tile 64 x 64, head_dim 2
 both together the tensor cores take 2048 clocks, and shared memory, by the model, some 2240:
 
                         first   second
-    instructions issued   256      276      with softcap 874 and 243, with dropout 757 and 316
+    instructions issued   252      285      with softcap 420 and 257, with dropout 753 and 332
     HGMMA                  20       20      16 of S or dP, 4 of dV or dK, each 64 x 64 or 64 x 256
     waits for products      2        2      for all that are under way
     MUFU, FFMA             32        -      P from S and lse
     FFMA, FMUL              -       32      dS from P, dP and delta
     LDS                     4        8      lse; delta and P; STS 4 of P
-    registers named       214               of 240; with softcap 234; no spill
+    registers named       208               of 240; with softcap 215; no spill
 """
 
 from numflash.configs import Traits
