@@ -23,12 +23,12 @@ HOPPER = architecture("sm_90a")
 # Of dK and dV by head_dim, of dQ: instructions of a tile that are issued at most, with toolchains
 # from 12.8 to 13.5 in mind.
 MOST_ISSUED = {
-    ("backward-dkdv", 64): 340,
-    ("backward-dkdv", 128): 390,
-    ("backward-dq", 128): 560,
+    ("backward-dkdv", 64): 312,
+    ("backward-dkdv", 128): 345,
+    ("backward-dq", 128): 505,
     # Of a warpgroup without dQ, and of one with its part.
-    ("backward", 64): 350,
-    ("backward", 128): 490,
+    ("backward", 64): 308,
+    ("backward", 128): 408,
 }
 FAMILIES = ("backward-dkdv", "backward-dq", "backward")
 

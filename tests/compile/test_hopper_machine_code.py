@@ -36,7 +36,7 @@ REGISTERS, WARPGROUP = 64 * 1024, 128
 PER_SCORE, PER_PRODUCT, REST = 4.5, 8, 80
 # Of a turn of the chosen configs, by head_dim: the most. Where uniform registers run out,
 # descriptors are moved in each turn, some 20 instructions (docs/machine-code.md).
-MOST_ISSUED = {64: 390, 128: 403, 192: 364, 256: 345}
+MOST_ISSUED = {64: 383, 128: 403, 192: 337, 256: 338}
 
 
 def chosen(head_dim: int) -> Sm90ForwardConfig:
@@ -115,11 +115,9 @@ def test_sequences_of_any_lengths_cost_the_main_loop_next_to_nothing(head_dim):
     report = inspect_kernel(config, replace(one_length, ragged=True), HOPPER)
     assert report.faults == ()
     _expect_registers(config, report.registers, report.setmaxnreg)
-    # Moves, where uniform registers for descriptors are scarce: most at head_dim 128.
-    moves = 18 if head_dim == 128 else 1
-    _expect_main_loop(config, one_length, report.main_loop, moves)
+    _expect_main_loop(config, one_length, report.main_loop, 1)
     of_one_length = inspect_kernel(config, one_length, HOPPER).main_loop
-    assert report.main_loop.issued <= of_one_length.issued + moves
+    assert report.main_loop.issued <= of_one_length.issued + 1
 
 
 @pytest.mark.parametrize("head_dim", some([128, 256], 128))
