@@ -147,16 +147,16 @@ def faults_of_events() -> list:
 
 
 IDEAS = """
-gradients  dkdv  statistics of other queries
-    within % 8 // 2 * 4 + within // 8 * 2 -> within // 8 * 8 + within % 8 // 2 * 2
+queries  dkdv  statistics of other queries
+    tile_m * stage + place_of_column(thread) -> tile_m * stage + thread
 gradients  dq  lse of the other row  x2
     scale_log2, -lses[1])) -> scale_log2, -lses[0]))
 backward_dkdv  dkdv  statistics of one stage
     i32(tile_m * stage + mov_tid_x() -> i32(mov_tid_x()
 backward_dkdv  dkdv  rows of one warpgroup  x2
-    + group * group_step -> + 0
+    0), group, group_step) -> 0), 0, group_step)
 backward_dq  dq  rows of one warpgroup  x2
-    + group * group_step -> + 0
+    0), group, group_step) -> 0), 0, group_step)
 queries  dkdv-slabs  queries of the first head only  x2
     step, head, end = next_step(walk -> step, _, end = next_step(walk
 scores  roles  edges are not masked
@@ -178,7 +178,7 @@ roles  roles-bent  P without slopes
 gradient_ring  dq-slabs  slabs on top of each other
     slab * rows * SLAB_WORDS -> slab * 0
 gradient_ring  roles  operands of one stage
-    + stage * step) -> + 0 * step)
+    advance(operand(start), stage, step) -> advance(operand(start), 0, step)
 gradient_ring  dkdv  one stage
     first + stage * words -> first
 gradient_ring  dkdv  channels on top of each other

@@ -112,19 +112,19 @@ backward  turns  nobody stores first
 backward  turns  everyone stores
     if rank == u32(0): -> if rank != u32(999):
 backward  first  one buffer of dS
-    ds_now = number & 1 -> ds_now = number & 0
+    ds_now = stage if alternates else number & 1 -> ds_now = 0
 backward  first  one buffer of dQ
     return i32(number & 1), u32(number >> 1 & 1) -> return i32(0), u32(number >> 1 & 1)
 backward  columns  dQ of the first columns
-    u32(k_all + group * k_part) -> u32(k_all)
+    products.advance(k_of(start, 0), group, k_step) -> k_of(start, 0)
 backward  rows  dQ of the first queries
-    ds_now * ds_step + group * ds_part -> ds_now * ds_step
+    products.advance(ds, group, ds_part) -> ds
 backward  columns  parts of dQ on top of each other
     mov_tid_x() // WARPGROUP * part -> mov_tid_x() // WARPGROUP * 0
-backward  rows  dS of one warpgroup
-    group * slab_words -> group * 0
+transposition  rows  dS of one warpgroup
+    WARPGROUP * slab_words -> WARPGROUP * 0
 backward  first  warpgroups share the keys of one  x2
-    + group * group_step -> + 0
+    0), group, group_step) -> 0), 0, group_step)
 backward  far  keys past the end are not masked
     masks_keys=True -> masks_keys=False
 backward  far  edges of the last keys are taken for whole tiles

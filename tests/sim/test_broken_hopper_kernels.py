@@ -343,7 +343,7 @@ products  persistent  the step of a descriptor  x3
 products  slabs  the second slab of A  x2
     a_slab * slab + within -> within
 products  slabs  the second slab of B  x2
-    _descriptor(b, b_slab * slab + within) -> _descriptor(b, within)
+    behind(b, b_slab * slab + within) -> behind(b, within)
 products  slabs  rows of V  x2
     step * (step_bytes >> 4) -> step * (step_bytes >> 5)
 products  persistent  no swizzle in descriptors

@@ -273,17 +273,17 @@ fp8  OVERLAP  a unit that never moves
 fp8_forward  WIDE  parts in one place
     n_part * part, part_acc -> 0, part_acc
 fp8_forward  WIDE  columns of the first part
-    v_operand + part * part_step -> v_operand
+    products.behind(v_operand, part * part_step) -> v_operand
 fp8_forward  PLAIN  the first tile of K of a stage
-    + tile * k_tile_step ->
+    tile, k_tile_step) -> tile, 0)
 fp8_forward  PLAIN  the first tile of V of a stage
-    + tile * v_tile_step ->
+    tile, v_tile_step) -> tile, 0)
 fp8_forward  OVERLAP  the first stage of K
-    k + stage * k_step -> k
+    products.advance(k, stage, k_step) -> k
 fp8_forward  OVERLAP  the first stage of V
-    v + stage * v_step -> v
+    products.advance(v, stage, v_step) -> v
 fp8_forward  TURNING  rows of the first warpgroup
-    * q_step) -> * 0)
+    group_of_thread(), q_step) -> 0, q_step)
 fp8_forward  OVERLAP  weights of the next tile
     add_part(o_acc, 0, part_acc, weights) -> add_part(o_acc, 0, part_acc, next_weights)
 fp8_forward  OVERLAP  V of the stage of K
