@@ -225,7 +225,9 @@ def tiles_listed(
     `blocks` is the number that the machine has room for, of a forward; `in_turn` is as
     `ListShape` has it.
     """
-    own, other = config.block_rows, getattr(config, "stage_n", config.tile_n)
+    # Of queries, also where blocks own keys: those add dQ of such a tile in turn.
+    own = config.tile_m * getattr(config, "cluster", 1)
+    other = getattr(config, "stage_n", config.tile_n)
     if by_keys:
         own, other = config.tile_n, config.tile_m
     listed = problem.list_shape(own, other, pack, by_keys)._replace(in_turn=in_turn)
