@@ -41,7 +41,8 @@ def test_what_was_measured_is_remembered_beside_others_and_found():
 def test_a_class_in_pages_is_tuned_on_its_first_use(monkeypatch):
     monkeypatch.setattr(autotune, "find_target", lambda *_, **__: Target(DEVICE, MACHINE, 0))
     monkeypatch.setattr(autotune, "DeviceMeasurer", lambda *_, **__: Stopwatch())
-    monkeypatch.setattr(switch, "seconds", lambda: 0.5)
+    # A busy machine takes more than a second to estimate a space, and then nothing is tried.
+    monkeypatch.setattr(switch, "seconds", lambda: 4)
     problem = ProblemClass.parse(TEXTS[1])
-    autotune.autotune(problem, 0, 0.5)
+    autotune.autotune(problem, 0, 4)
     assert [entry.problem for entry in store.read(DEVICE)] == [problem]
