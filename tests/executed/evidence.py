@@ -54,7 +54,8 @@ WITHOUT = {
             "cp_async_bulk_tensor_4d_multicast",
             "cp_async_bulk_tensor_5d_multicast",
         ),
-        "no kernel that vouches has a cluster; `tests/sim/test_clusters.py` has what goes wrong",
+        "no kernel that vouches has a cluster; `tests/sim/test_clusters.py` and "
+        "`tests/sim/test_cluster_copies.py` have what goes wrong",
     ),
     "tanh_approx_f32": "its body is as far off as it may be; no kernel that vouches has it",
     "cp_async_bulk_store": "cp_reduce_async_bulk_add_f32 without the sum, which has a witness",
