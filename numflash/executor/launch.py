@@ -101,8 +101,13 @@ class Launch:
     def run(self) -> None:
         """Run all clusters, one after the other or several together: see `simulator.resident`.
 
-        Raises ValueError where the grid has no whole clusters; and what `Cluster.run` does.
+        Raises ValueError where the grid has no blocks or no whole clusters, and what `Cluster.run`
+        does.
         """
+        if 0 in self.grid:
+            raise ValueError(
+                f"a grid of {self.grid} blocks: the driver refuses a launch without blocks"
+            )
         clusters, talks = self._clusters(), self.program.talks
         positions = list(chain.from_iterable(clusters))
         resident = max(1, num_resident(talks, len(positions), self.seed) // len(clusters[0]))

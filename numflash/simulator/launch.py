@@ -45,9 +45,11 @@ def launch(
         cluster: blocks of a cluster, with neighbouring blockIdx.x.
 
     Raises:
-        ValueError: the grid does not consist of such clusters.
+        ValueError: the grid has no blocks or does not consist of such clusters.
     """
     grid, block = _three(grid), _three(block)
+    if 0 in grid:
+        raise ValueError(f"a grid of {grid} blocks: the driver refuses a launch without blocks")
     if not 1 <= cluster <= MOST_BLOCKS or grid[0] % cluster:
         raise ValueError(
             f"a grid of {grid[0]} blocks in x and clusters of {cluster}: the grid must be a "

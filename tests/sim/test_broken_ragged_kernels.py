@@ -26,9 +26,9 @@ BLOCKS, ADDRESSES = "numflash.tiles.blocks", "numflash.tiles.addresses"
 QUERIES = f"{ROOM}.mma.queries"
 
 
-def fault(text: str, old: str, new: str) -> Mutation:
-    """In a text, whose place for it is {}, one thing instead of another."""
-    return Mutation(text, text.format(old), text.format(new))
+def fault(text: str, old: str, new: str, times: int = 1) -> Mutation:
+    """In a text, whose place for it is {}, one thing instead of another, wherever it stands."""
+    return Mutation(text, text.format(old), text.format(new), times)
 
 
 SHAPE = "sequence", "shape"
@@ -193,27 +193,27 @@ FAULTS_OF_BOXES = {
     ),
     "boxes of K upon one another": (
         PRODUCER,
-        fault(K_BOX, " + first", ""),
+        fault(K_BOX, " + first", "", times=2),
         SEVERAL,
     ),
     "boxes of V upon one another": (
         PRODUCER,
-        fault(V_BOX, " + first * SLAB_WORDS", ""),
+        fault(V_BOX, " + first * SLAB_WORDS", "", times=2),
         SEVERAL,
     ),
     "slabs of K are as long as boxes": (
         PRODUCER,
-        fault("k.words + (slab * {} + first)", "stage_n", "rows"),
+        fault("k.words + (slab * {} + first)", "stage_n", "rows", times=2),
         SLABS,
     ),
     "boxes of K are whole tiles": (
         PRODUCER,
-        fault("rows, full = {}, K.full", "min(pages.size, stage_n)", "stage_n"),
+        fault("rows, full = {}, K.full", "min(pages.size, box_n)", "box_n"),
         SEVERAL,
     ),
     "boxes of V are whole tiles": (
         PRODUCER,
-        fault("rows, full = {}, V.full", "min(pages.size, stage_n)", "stage_n"),
+        fault("rows, full = {}, V.full", "min(pages.size, box_n)", "box_n"),
         SEVERAL,
     ),
 }
