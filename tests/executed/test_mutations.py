@@ -99,6 +99,7 @@ def test_a_comment_changes_nothing(executed, monkeypatch, kernel):
     assert not _is_seen(executed, monkeypatch, kernel, "ret;", "ret; // the end", "first")
 
 
+@thorough
 def test_a_buffer_of_dq_returned_early_is_seen(executed, monkeypatch):
     """Before the reduction has read it; few orders of warps show it."""
     early = r"(cp\.async\.bulk\.wait_group\.read 0;)(.*?)(mbarrier\.arrive\.shared[^;]*;)"

@@ -474,6 +474,8 @@ def test_what_has_no_gradient_is_an_error():
 
     aux = (normal(3), np.zeros(KEYS, np.int32), 2.0, normal(3), normal(HEADS))
     options = {"score_mod": function, "aux": aux}
+    q, k, v, dout = inputs()
+    call = (dout, q, k, v, q, np.zeros((BATCH, HEADS, QUERIES), np.float32))
     for wrt, error, message in (
         ("aux1", TypeError, "wrt names 'aux1', an array of int32; gradients are of arrays of f"),
         ("aux2", TypeError, "wrt names 'aux2', which is a number; gradients are of arrays"),
@@ -484,13 +486,13 @@ def test_what_has_no_gradient_is_an_error():
         ("aux", ValueError, "wrt must name gradients of q, k, v, "),
     ):
         with pytest.raises(error) as caught:
-            gradients((wrt,), **options)
+            numflash.attention_backward(*call, wrt=(wrt,), **options)
         assert message in str(caught.value)
     with pytest.raises(ValueError, match="wrt must name each gradient once, got 'aux0' twice"):
-        gradients(("aux0", "aux0"), **options)
+        numflash.attention_backward(*call, wrt=("aux0", "aux0"), **options)
 
     def by_score(score, batch, head, q_idx, kv_idx, table):
         return score + table[score.astype(np.int32)]
 
     with pytest.raises(numflash.UnsupportedError, match="at a place that depends on the score"):
-        gradients(("aux0",), score_mod=by_score, aux=(normal(3),))
+        numflash.attention_backward(*call, wrt=("aux0",), score_mod=by_score, aux=(normal(3),))

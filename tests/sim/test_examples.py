@@ -13,7 +13,8 @@ import pytest
 
 import numflash
 from numflash import distributed, masks, math, reference
-from tests.support.covering import FULL, some, thorough
+from tests.support.covering import ALL, FULL, some, thorough
+from tests.support.small_kernels import prefer_small_kernels
 
 # What users see.
 pytestmark = pytest.mark.usefixtures("shipped_kernels")
@@ -151,12 +152,18 @@ def test_generate():
 
 
 def test_train_block(monkeypatch):
-    """The loss falls, and gradients are those of the loss: here in float32, along themselves."""
+    """The loss falls, and gradients are those of the loss: here in float32, along themselves.
+
+    By small kernels: this is about the example's own code, of which attention is a part.
+    """
+    prefer_small_kernels(monkeypatch)
     example = runpy.run_path(str(ROOT / "examples" / "train_block.py"))
-    assert example["main"]() == 0
     # Of the module that its functions see.
     scope = example["forward"].__globals__
+    monkeypatch.setitem(scope, "STEPS", 10 if ALL else 4)
+    assert example["main"]() == 0
     monkeypatch.setitem(scope, "DTYPE", "float32")
+    monkeypatch.setitem(scope, "BATCH", 1)
     rng, far = np.random.default_rng(1), 1e-2
     p, (x, target) = scope["new_parameters"](rng), scope["new_batch"](rng)
     _, g = scope["loss_and_gradients"](p, x, target)

@@ -101,6 +101,7 @@ def test_the_estimate_is_near_the_error_where_scores_are_small():
     assert (decision.estimated_error < 1.3 * actual).all()
 
 
+@thorough
 def test_a_budget_decides_for_all_or_none():
     q, k, v = arrays(np.random.default_rng(0), seqlen_q=5, seqlen_k=9)
     for budget, expected in ((1e-6, 0), (1e6, 1)):

@@ -16,8 +16,8 @@ RECIPES = {
     # Warps that fetch scales must pass over the other kernel's heads, too.
     "keys": numflash.Fp8Recipe("token", hadamard=False),
 }
-# Rows in each of two tiles, and in one.
-SIZES = ((1, 150, 140), (2, 40, 70))
+# Rows in each of two tiles, and in one, and query heads, of two key-value heads.
+SIZES = ((1, 150, 140, 2), (2, 40, 70, 4))
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +31,14 @@ def hopper(monkeypatch):
     limits_of_device.cache_clear()
 
 
-def arrays(batch, seqlen_q, seqlen_k):
+def arrays(batch, seqlen_q, seqlen_k, heads_q=4):
     """q, k, v whose second key-value head is too large for 8 bits in every other entry."""
     rng = np.random.default_rng(seqlen_q)
     q, k, v = (
         rng.standard_normal((batch, seqlen, heads, 64)).astype(np.float16)
-        for seqlen, heads in ((seqlen_q, 4), (seqlen_k, 2), (seqlen_k, 2))
+        for seqlen, heads in ((seqlen_q, heads_q), (seqlen_k, 2), (seqlen_k, 2))
     )
-    q[::2, :, 2:] *= 4
+    q[::2, :, heads_q // 2 :] *= 4
     k[::2, :, 1] *= 4
     return q, k, v
 

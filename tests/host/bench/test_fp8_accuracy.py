@@ -169,6 +169,7 @@ def _errors(case: Input, *names: str) -> list[float]:
     return [float(np.mean((study.out(name, *piece) - exact) ** 2) ** 0.5) for name in names]
 
 
+@thorough
 def test_fewer_keys_have_the_papers_order():
     names = "float16", "float16-naive", "fp8-both", "fp8-hadamard", "fp8-block", "fp8-tensor"
     case = Input("outliers", 128, 1024, queries=128)
