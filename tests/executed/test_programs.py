@@ -66,7 +66,7 @@ def compiled(texts) -> str:
 
 @pytest.fixture(scope="module")
 def executed(request):
-    """Name -> (scores, slopes, kept) of the programs that are asked for, and the scores they got."""
+    """Name -> (scores, slopes, kept) of programs asked for, and the scores that they got."""
     of_here = (item for item in request.session.items if item.path == request.path)
     names = list(dict.fromkeys(item.callspec.params["name"] for item in of_here))
     programs = [program_and_aux(name) for name in names]
