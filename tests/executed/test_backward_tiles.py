@@ -85,6 +85,7 @@ def test_dq_of_a_tile_is_exact():
     assert (expected == got).all()
 
 
+@thorough
 def test_a_tile_without_its_fence_is_found():
     with pytest.raises(SimulationError, match="without a fence_proxy_async"):
         dq(without(r"fence\.proxy\.async\.shared::cta;"))

@@ -25,7 +25,7 @@ from tests.sim.test_fp8_attention import (
     tile_n_of,
     tokens_per_scale,
 )
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 from tests.support.faults import (
     Dropped,
     Mutation,
@@ -355,6 +355,7 @@ MUTATIONS = [
 ]
 
 
+@thorough
 @pytest.mark.parametrize("config", some(ALL, *HALF))
 def test_the_kernel_is_right_for_every_seed(config, monkeypatch):
     assert first_failure_of(monkeypatch, configs=(config,), seeds=range(1)) is None

@@ -7,7 +7,7 @@ import pytest
 
 from numflash.calls import ready
 from numflash.runtime.driver import limits_of_device
-from tests.support.covering import ALL, some
+from tests.support.covering import ALL, some, thorough
 from tests.support.faults import Early, events, load, mutations, source_of
 from tests.support.gradient_problems import GradientProblem as Problem
 from tests.support.gradient_problems import first_failure
@@ -197,6 +197,7 @@ def ideas() -> list:
     ]
 
 
+@thorough
 @pytest.mark.parametrize("name", some(PROBLEMS, "dq"))
 def test_the_kernels_are_right(name, monkeypatch):
     for seed in SEEDS if ALL else SEEDS[:1]:

@@ -14,7 +14,7 @@ import numflash
 from numflash.calls import ready
 from numflash.simulator import SimulationError
 from numflash.simulator.errors import DeadlockError
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 from tests.support.faults import load, mutations
 from tests.support.varlen_cases import VarlenCase
 
@@ -123,6 +123,7 @@ def hopper(on):
     on("sm_90a")
 
 
+@thorough
 @pytest.mark.parametrize("name", some(PROBLEMS, "dq"))
 def test_the_kernels_are_right(name):
     assert PROBLEMS[name].is_solved()

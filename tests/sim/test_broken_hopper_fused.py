@@ -11,7 +11,7 @@ import pytest
 import numflash
 from numflash.calls import ready
 from numflash.simulator.errors import DeadlockError, SimulationError
-from tests.support.covering import ALL, some
+from tests.support.covering import ALL, some, thorough
 from tests.support.faults import Early, Mutation, events, load, mutations, source_of
 from tests.support.gradient_problems import GradientProblem, first_failure
 
@@ -157,6 +157,7 @@ def ideas() -> list:
     ]
 
 
+@thorough
 @pytest.mark.parametrize("name", some(PROBLEMS, "turns"))
 def test_the_kernel_is_right(name, monkeypatch):
     for seed in SEEDS if ALL else SEEDS[:1]:
@@ -178,6 +179,7 @@ def fetch_dO_first() -> Mutation:
     return Mutation("dO first", source[q:end], source[do:end] + source[q:do])
 
 
+@thorough
 @pytest.mark.parametrize("early", [False, True])
 def test_a_release_that_another_hides(early, monkeypatch):
     """dO given back early is seen where dO is claimed before Q."""

@@ -147,7 +147,7 @@ def test_what_lies_between_rows_of_out_is_left_alone(on):
 
 
 def test_float32_is_float32_anyhow():
-    q, k, v, dout = (x[:, :9].astype(np.float32) for x in inputs("float16", 16, 16))
+    q, k, v, dout = (x[:, :9, ::2].astype(np.float32) for x in inputs("float16", 16, 16))
     out, lse = numflash.attention(q, k, v, return_lse=True)
     same = numflash.attention(q, k, v, out_dtype="float32")
     np.testing.assert_array_equal(same, out)

@@ -9,7 +9,7 @@ from numflash.calls import fp8_forward as fp8_calls
 from numflash.runtime import driver
 from numflash.runtime.driver import limits_of_device
 from tests.sim.test_fp8_auto import by_head
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 
 RECIPES = {
     "tiles": numflash.Fp8Recipe(hadamard=False),
@@ -64,6 +64,7 @@ def test_each_head_is_that_of_its_precision(scales, sizes):
     assert (got[in_fp8] == eight[in_fp8]).all() and (got[~in_fp8] == sixteen[~in_fp8]).all()
 
 
+@thorough
 @pytest.mark.usefixtures("shipped_kernels")
 def test_in_8_bits_heads_for_16_bits_are_passed_over(monkeypatch):
     """The kernel in 16 bits comes last, and would hide what the first one does in vain."""

@@ -215,6 +215,7 @@ def faults() -> list:
     return found
 
 
+@thorough
 @pytest.mark.parametrize("config", some([PLAIN, OVERLAP, TURNING], OVERLAP))
 def test_the_kernel_is_right_for_every_seed(config, monkeypatch):
     seeds = range(3 if FULL else 1)
