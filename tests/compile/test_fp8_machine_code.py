@@ -56,7 +56,7 @@ def _name(case) -> str:
     return "-".join([arch, f"d{head_dim}", *(features or ["plain"])])
 
 
-@pytest.mark.parametrize("case", some(_cases(), every=7), ids=_name)
+@pytest.mark.parametrize("case", some(_cases(), _cases()[1]), ids=_name)
 def test_what_is_chosen_stays_in_registers_and_multiplies(case):
     arch, head_dim, features = case
     dtype = "bfloat16" if head_dim == 128 else "float16"
@@ -104,7 +104,9 @@ def _hopper_name(case) -> str:
     return "-".join([str(config), dtype, f"d{head_dim}", *features])
 
 
-@pytest.mark.parametrize("case", some(_hopper_cases(), every=5), ids=_hopper_name)
+@pytest.mark.parametrize(
+    "case", some(_hopper_cases(), next(iter(_hopper_cases()))), ids=_hopper_name
+)
 def test_products_of_wgmma_are_as_many_as_there_must_be(case):
     config, dtype, head_dim, features = case
     traits = Traits(dtype, head_dim, head_dim, fp8=True, **features)

@@ -78,7 +78,7 @@ if FULL:
     CASES = tuple(product(ARCHS, FAMILIES, (64, 128), PROGRAMS))
 
 
-@pytest.mark.parametrize("case", some(CASES, CASES[7]), ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", some(CASES, CASES[2]), ids=lambda case: "-".join(map(str, case)))
 def test_machine_code_is_clean(case):
     arch, family, head_dim, name = case
     limits = ARCHITECTURES[arch]

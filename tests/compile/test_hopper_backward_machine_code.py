@@ -17,7 +17,7 @@ from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import disassemble
 from numflash.runtime.devices import architecture
 from numflash.selection.rules import choose
-from tests.support.covering import ALL, some
+from tests.support.covering import ALL, some, thorough
 
 HOPPER = architecture("sm_90a")
 # Of dK and dV by head_dim, of dQ: instructions of a tile that are issued at most, with toolchains
@@ -143,9 +143,8 @@ WITH_FEATURES = (
 """What takes most registers, of warps that multiply and of those that copy."""
 
 
-@pytest.mark.parametrize(
-    ("family", "head_dim", "more"), some(WITH_FEATURES, WITH_FEATURES[0]), ids=str
-)
+@thorough
+@pytest.mark.parametrize(("family", "head_dim", "more"), WITH_FEATURES, ids=str)
 def test_features_spill_nothing(family, head_dim, more):
     choice = choose(family, Traits("bfloat16", head_dim, head_dim, **more), HOPPER)
     assert choice.implementation.name == "wgmma-backward"

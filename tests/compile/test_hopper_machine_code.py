@@ -77,7 +77,7 @@ def _name(case) -> str:
     return "-".join([str(config), dtype, f"d{head_dim}", *features])
 
 
-@pytest.mark.parametrize("case", some(_cases(), every=7), ids=_name)
+@pytest.mark.parametrize("case", some(_cases(), next(iter(_cases()))), ids=_name)
 def test_machine_code_is_as_designed(case):
     config, dtype, head_dim, features = case
     traits = Traits(dtype, head_dim, head_dim, **features)
@@ -120,7 +120,8 @@ def test_sequences_of_any_lengths_cost_the_main_loop_next_to_nothing(head_dim):
     assert report.main_loop.issued <= of_one_length.issued + 1
 
 
-@pytest.mark.parametrize("head_dim", some([128, 256], 128))
+@thorough
+@pytest.mark.parametrize("head_dim", [128, 256])
 def test_clusters_cost_the_main_loop_next_to_nothing(head_dim):
     """Two lanes of a warp release a buffer, each in a block, and no fence stands before them."""
     config, traits = chosen(head_dim), Traits("bfloat16", head_dim, head_dim)

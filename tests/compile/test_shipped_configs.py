@@ -383,6 +383,7 @@ def test_every_choice_fits_the_shared_memory(family, arch):
         assert choice.config.smem_bytes(choice.traits) <= limit, dims
 
 
+@thorough
 def test_a_monstrous_config_is_found_out():
     # 1024 threads leave 64 registers to each.
     config = ForwardConfig.parse("m128n64w32")

@@ -25,7 +25,7 @@ from numflash.configs import parse_config
 from numflash.problem.classes import ProblemClass
 from numflash.selection.entries import parse_table
 from tests.conftest import share_compiled
-from tests.support.covering import thorough
+from tests.support.covering import some, thorough
 from tuner import model
 from tuner.model.errors import ERRORS
 from tuner.records import Record
@@ -230,9 +230,7 @@ def processes_of(group):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("whole_group", "sampler"),
-    [(True, "tpe"), (False, "grid")],
-    ids=["the whole group", "only the parent"],
+    ("whole_group", "sampler"), some([(True, "tpe"), (False, "grid")], (False, "grid")), ids=str
 )
 def test_after_a_kill_the_second_start_goes_on(cache, whole_group, sampler):
     # So many that the machine may be slow to look: it cannot be over by then.
