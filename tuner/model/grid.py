@@ -154,7 +154,7 @@ def lay(problem: ProblemClass, config: Config) -> Grid:
 
 def rows_of(config: Config) -> int:
     """Rows of a block, or of a cluster."""
-    return config.cluster * config.row_tile
+    return getattr(config, "cluster", 1) * config.row_tile
 
 
 @lru_cache(maxsize=1024)
@@ -373,7 +373,7 @@ def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, 
         l2: bytes of the L2 cache.
     """
     traits = problem.traits
-    least, slots = io_bytes(problem), slots // config.cluster
+    least, slots = io_bytes(problem), slots // getattr(config, "cluster", 1)
     d, size = traits.head_dim + traits.head_dim_v, traits.operand_bytes
     by_queries = problem.family in ("forward", "backward-dq")
     walked = problem.seqlen_k if by_queries else problem.seqlen_q * problem.group_size
