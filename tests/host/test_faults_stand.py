@@ -48,7 +48,8 @@ def _dry_run(*files: Path) -> tuple[int, str]:
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *map(str, files)],
-        env=os.environ | {
+        env=os.environ
+        | {
             "NUMFLASH_TEST_ALL": "1",
             "NUMFLASH_TEST_FULL": "0",
             "NUMBA_ENABLE_CUDASIM": "1",
