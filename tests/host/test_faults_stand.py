@@ -35,25 +35,12 @@ def _dry_run(*files: Path) -> tuple[int, str]:
 
     In a process of its own: the plugin changes how all tests load faults.
     """
-    options = [
-        "-q",
-        "-rN",
-        "--tb=short",
-        "-p",
-        _PLUGIN,
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
+    plugins = [f"-p{name}" for name in (_PLUGIN, "no:cacheprovider", "no:xdist")]
+    options = ["-q", "-rN", "--tb=short", *plugins]
+    switches = {"NUMFLASH_TEST_ALL": "1", "NUMFLASH_TEST_FULL": "0", "NUMBA_ENABLE_CUDASIM": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *map(str, files)],
-        env=os.environ
-        | {
-            "NUMFLASH_TEST_ALL": "1",
-            "NUMFLASH_TEST_FULL": "0",
-            "NUMBA_ENABLE_CUDASIM": "1",
-        },
+        env=os.environ | switches,
         cwd=_TESTS.parent,
         capture_output=True,
         text=True,
