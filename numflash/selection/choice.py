@@ -286,8 +286,7 @@ def _lay(choice: Choice, problem: AttentionProblem, machine: Machine) -> Geometr
         blocks = blocks_of(problem, config, heads, pack, listed=listed)
     if getattr(config, "persistent", False):
         at_once = sms_of_persistent_kernels(machine.num_sms) * room
-        cluster = getattr(config, "cluster", 1)
-        blocks = min(blocks, max(1, at_once // cluster) * cluster)
+        blocks = min(blocks, max(1, at_once // config.cluster) * config.cluster)
     return Geometry(pack, num_splits, min(in_flight, max(1, all_heads)), blocks, listed)
 
 
