@@ -344,10 +344,14 @@ _VARYING = (*ARRAY_OPTIONS, *FUNCTIONS, "aux", "block_mask")
 _VERBS = ("rank", "size", "agreed", "exchange", "all_gather", "agree")
 
 
+def _is_communicator(comm) -> bool:
+    return all(map(hasattr, repeat(comm), _VERBS))
+
+
 def _comms(comm) -> tuple[Communicator, ...]:
     """One communicator, or those within and across groups. Raises TypeError."""
     found = tuple(comm) if isinstance(comm, tuple | list) else (comm,)
-    if len(found) not in (1, 2) or not all(all(map(hasattr, repeat(x), _VERBS)) for x in found):
+    if len(found) not in (1, 2) or not all(map(_is_communicator, found)):
         raise TypeError(
             "comm must be a communicator, as numflash.distributed.local, of_torch and of_cupy "
             f"make them, or a pair of them, got {comm!r}"
