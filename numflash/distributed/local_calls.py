@@ -15,7 +15,15 @@ from numflash.problem.options import OPTIONS
 from numflash.selection.choice import split_configs
 
 # Options that make a score depend on its position or its head.
-BY_POSITION = ("alibi_slopes", "dropout_p", "bias", "mask", "score_mod", "mask_mod")
+BY_POSITION = (
+    "alibi_slopes",
+    "dropout_p",
+    "bias",
+    "mask",
+    "block_mask",
+    "score_mod",
+    "mask_mod",
+)
 OPERANDS = ("q", "k", "v")
 """Whose gradients have rows; those of options have none."""
 OF_DOCUMENT = ("dropout_p", "bias", "mask", "score_mod", "mask_mod")
@@ -68,7 +76,7 @@ class LocalCalls:
         self._arrays, self._options, self._documents = arrays, options, documents
         self._known: dict[tuple, tuple[tuple[Call, ...], tuple[_Made, ...]]] = {}
         self.by_position = any(name in given for name in BY_POSITION)
-        # A block mask is cut to rows and heads, and so are its call's arrays of heads.
+        # A block mask is cut to rows, keys and heads, and so are its call's arrays of heads.
         self._mask = given.get("block_mask")
         self._has_origin = self._mask is None and (self.by_position or "sinks" in given)
         self._is_numbered = documents > 1 and any(name in given for name in OF_DOCUMENT)
@@ -203,7 +211,7 @@ class LocalCalls:
                 options |= zip(_NAMES, lengths, strict=True)
             heads = None
             if self._mask is not None:
-                heads, of_k = (first_head, first_head + q.shape[2]), (0, k.shape[1])
+                heads = first_head, first_head + q.shape[2]
                 options |= self._of_part(options, pack.calls[0], heads)
             at = _places(of_q, of_k, 0 if is_packed else slice(None))
             made.append(_Made(of_q, of_k, asked.is_own, is_packed, at, options, hidden, heads))
@@ -214,10 +222,13 @@ class LocalCalls:
     def _of_part(
         self, options: dict[str, Any], call: Call, heads: tuple[int, int]
     ) -> dict[str, Any]:
-        """The options that a block mask has cut, of a call on all keys."""
-        first, rows = call.origin[0], call.q[1] - call.q[0]
+        """The options that a block mask has cut."""
+        rows, keys = (
+            (first, first + end - begin)
+            for first, (begin, end) in zip(call.origin, (call.q, call.k), strict=True)
+        )
         found = {name: options[name][..., slice(*heads)] for name in _OF_HEADS if name in options}
-        found["block_mask"] = part_of(self._mask, (first, first + rows), heads)
+        found["block_mask"] = part_of(self._mask, rows, keys, heads)
         return found
 
     def _of_all_heads(self, results: dict[str, Any], heads: tuple[int, int]) -> dict[str, Any]:

@@ -153,8 +153,8 @@ def memory_of_heads(
 ) -> Memory:
     """What "heads" takes on a rank beside the method that follows, at most at a time.
 
-    What travels lies in two arrays: one with the tokens of the group, and one with the rank's own
-    tokens once for each rank of the group, in which ranks that share a key-value head have it each.
+    What travels lies in two arrays: one of the tokens of the group, and one of the rank's own
+    tokens once for each rank of the group: ranks that share a key-value head have it each.
 
     Args:
         sizes: of this rank's heads.
