@@ -28,6 +28,7 @@ from numflash.distributed.pairs import Band
 from numflash.distributed.problem import Method, Problem, sizes_of
 from numflash.distributed.sizes import expect_heads
 from numflash.distributed.wire import (
+    WHY_NOT_AUTO,
     WHY_NOT_FP8,
     expect_layout_for,
     expect_method_of_codes,
@@ -57,7 +58,7 @@ _REFUSED = {
     **dict.fromkeys(("seqlens_q", "seqlens_k", "starts_q", "starts_k"), _LENGTHS),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), _LENGTHS),
     "fp8": WHY_NOT_FP8,
-    "max_rel_error": 'precision="auto" decides by heads of one GPU',
+    "max_rel_error": f'it is for precision="auto": {WHY_NOT_AUTO}',
     "batch_invariant": "each rank has calls of its own, in other batches than one GPU",
 }
 _ELSEWHERE = ("layout", "schedule", "page_table", "appended", "cached", "num_splits", "out_dtype")

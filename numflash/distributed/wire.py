@@ -24,6 +24,10 @@ from numflash.runtime.errors import UnsupportedError
 
 FORMAT = "e4m3"
 WHY_NOT_FP8 = 'scales would depend on who holds which tokens; wire="e4m3" quantises at the owner'
+WHY_NOT_AUTO = (
+    "it decides on the device, by each rank's own numbers, and what travels must be known on the "
+    "host before, the same on all ranks"
+)
 _ROTATED_STEP = 64
 
 
@@ -369,7 +373,12 @@ def recipe_of(wire: str | Fp8Recipe | None, head_dim: int) -> Fp8Recipe | None:
 
 def expect_precision(function: str, precision: str | None, wire, backward: bool) -> None:
     """Check that a function can have a precision over several ranks. Raises UnsupportedError."""
-    if precision == "auto" or (precision == "fp8" and wire is None):
+    if precision == "auto":
+        raise UnsupportedError(
+            f"{function} takes no precision='auto': {WHY_NOT_AUTO}; say precision=\"fp8\" with "
+            "wire, or neither"
+        )
+    if precision == "fp8" and wire is None:
         raise UnsupportedError(
             f"{function} takes no precision={precision!r}: {WHY_NOT_FP8}, and "
             'precision="fp8" then multiplies these codes'
