@@ -166,6 +166,8 @@ def on_its_way(comms: tuple[Communicator, ...], call: str) -> Iterator[None]:
         for comm in comms:
             if comm.size > 1:
                 comm.agreed.fault = fault
+                if hasattr(comm, "abandon"):
+                    comm.abandon(fault)  # so that its peers need not wait for the deadline
         raise
 
 
@@ -279,7 +281,7 @@ def _text_of_functions(items: Mapping) -> str:
     """The program that they make, whose text does not depend on names or on the process."""
     aux = [_view(x) if _is_array(x) else x for x in items.get("aux") or ()]
     score_mod, mask_mod, slope = (items.get(name) for name in FUNCTIONS)
-    return trace(score_mod, mask_mod, aux, score_mod_grad=slope).program.text
+    return trace(score_mod, mask_mod, aux, score_mod_grad=slope).program.text or "the score itself"
 
 
 def _view(array) -> ArrayView:

@@ -17,6 +17,7 @@ from numflash.runtime.mode import SIMULATED
 from numflash.runtime.torch_tensors import is_tensor
 from numflash.runtime.views import numpy_dtype
 
+_BYTE = np.dtype("uint8")
 _ALIGNMENT = 128
 """Bytes, of each array in a bundle: bulk copies of tensors want 16, cache lines 128."""
 
@@ -103,7 +104,7 @@ class Arrays:
         """The memory of a contiguous array, as a flat array of uint8."""
         if self.is_torch:
             return array.view(-1).view(self.library.uint8)
-        return array.reshape(-1).view(np.uint8)
+        return array.reshape(-1).view(_BYTE)
 
     def typed(self, memory, dtype: str, shape: tuple[int, ...]):
         """Bytes of the right number, as an array."""
@@ -167,6 +168,12 @@ class Bundle(dict):
     def __init__(self, memory, views: dict[str, Any]):
         super().__init__(views)
         self.memory = memory
+
+
+def by_rank(x, ranks: int):
+    """(batch, tokens, heads, ...) as (ranks, tokens, batch, heads of a rank, ...): a view."""
+    batch, tokens, heads, *others = x.shape
+    return x.reshape((batch, tokens, ranks, heads // ranks, *others)).swapaxes(0, 2)
 
 
 def shard(layout, x, rank: int, axis: int):

@@ -57,8 +57,8 @@ def attention(
         options: those of `numflash.attention` that hold for the whole problem: softmax_scale,
             softcap, sinks and alibi_slopes of all heads; dropout_p with seed, bias, mask,
             score_mod, mask_mod and aux by global rows and columns, of several documents by those
-            of each and its number, as in `attention_varlen`; by gather and heads a block_mask,
-            with segments that begin where its blocks do; precision, config. Without a config
+            of each and its number, as in `attention_varlen`; a block_mask, with segments that
+            begin where its blocks do; precision, config. Without a config
             gather and heads run on all ranks the one that
             `numflash.distributed.whole.pinned_config` names.
 
@@ -70,7 +70,7 @@ def attention(
         TypeError, ValueError, UnsupportedError: as `numflash.attention`; a layout of other tokens
             or ranks; heads that ranks cannot share; causal_align, shift or origin, which the
             layout says; lengths, precision="auto", "fp8" without wire or by heads alone; a
-            block_mask with a ring, documents or options by position; with several documents and
+            block_mask with documents or options by position; with several documents and
             a batch, or in 8 bits, dropout, bias, mask and functions. Before anything travels, and
             on all ranks alike, also where they differ in what they ask for.
         CommunicatorError: a rank is gone, or did not come within the deadline of its group.

@@ -28,6 +28,7 @@ from numflash.distributed.pairs import Band
 from numflash.distributed.problem import Method, Problem, sizes_of
 from numflash.distributed.sizes import expect_heads
 from numflash.distributed.wire import (
+    WHY_NOT_AUTO,
     WHY_NOT_FP8,
     expect_layout_for,
     expect_method_of_codes,
@@ -57,7 +58,7 @@ _REFUSED = {
     **dict.fromkeys(("seqlens_q", "seqlens_k", "starts_q", "starts_k"), _LENGTHS),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), _LENGTHS),
     "fp8": WHY_NOT_FP8,
-    "max_rel_error": 'precision="auto" decides by heads of one GPU',
+    "max_rel_error": f'it is for precision="auto": {WHY_NOT_AUTO}',
     "batch_invariant": "each rank has calls of its own, in other batches than one GPU",
 }
 _ELSEWHERE = ("layout", "schedule", "page_table", "appended", "cached", "num_splits", "out_dtype")
@@ -344,10 +345,14 @@ _VARYING = (*ARRAY_OPTIONS, *FUNCTIONS, "aux", "block_mask")
 _VERBS = ("rank", "size", "agreed", "exchange", "all_gather", "agree")
 
 
+def _is_communicator(comm) -> bool:
+    return all(map(hasattr, repeat(comm), _VERBS))
+
+
 def _comms(comm) -> tuple[Communicator, ...]:
     """One communicator, or those within and across groups. Raises TypeError."""
     found = tuple(comm) if isinstance(comm, tuple | list) else (comm,)
-    if len(found) not in (1, 2) or not all(all(map(hasattr, repeat(x), _VERBS)) for x in found):
+    if len(found) not in (1, 2) or not all(map(_is_communicator, found)):
         raise TypeError(
             "comm must be a communicator, as numflash.distributed.local, of_torch and of_cupy "
             f"make them, or a pair of them, got {comm!r}"

@@ -277,11 +277,12 @@ def explain(
     ]
     names: tuple[str, ...] = (across,)
     if size > 1:
-        of_heads_alone = [
-            memory_of_heads(share_of(within, size), tokens, within, backward=backward)
-            for tokens in map(merged.tokens, range(merged.ranks))
+        share, tokens = share_of(within, size), merged.tokens
+        memory = [
+            memory_of_heads(share, within, tokens(r // size), layout.tokens(r), backward=backward)
+            | memory[r // size]
+            for r in range(layout.ranks)
         ]
-        memory = [of_heads_alone[r // size] | memory[r // size] for r in range(layout.ranks)]
         turns = of_heads(layout, within, size, turns, backward=backward)
         names = ("heads", across) if merged.ranks > 1 else ("heads",)
     d, dv = sizes.head_dim, sizes.head_dim_v

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 from numflash.distributed import steps
 from numflash.distributed.arrays import Bundle
-from numflash.distributed.local_calls import Part
+from numflash.distributed.local_calls import OPERANDS, Kept, Part
 from numflash.distributed.packing import Packed, are_packed
 from numflash.distributed.problem import Gradients, Problem
 from numflash.distributed.steps import Exchange, Gathering
 from numflash.distributed.wire import Wire, recipe_of
 
-_OF_TOKENS = ("q", "k", "v")
+_BY_HEAD = ("lse", "delta", "dlse")
+"""Of (batch, heads, tokens)."""
 
 
 def forward(problem: Problem, q, k, v, first_head: int = 0, *, float32: bool) -> tuple[Any, Any]:
@@ -51,48 +52,44 @@ def backward(
     problem: Problem,
     operands: dict[str, Any],
     first_head: int = 0,
-    wrt: tuple[str, ...] = _OF_TOKENS,
+    wrt: tuple[str, ...] = OPERANDS,
 ) -> Gradients:
     """See `Method.backward`."""
-    arrays = problem.arrays
-    q, k, v = (operands[name] for name in _OF_TOKENS)
-    plan = _planned(problem, q, k, v, backward=True)
-    found = {"q": arrays.zeros(tuple(q.shape), "float32")} if "q" in wrt else {}
-    shares = _Shares(problem, plan, {"k": k, "v": v}, wrt)
-    found |= shares.gradients
-    for group, keys, values in _fetched(problem, plan, k, v):
-        mine = group.q
-        of_group = {
-            name: x[:, mine] if name in ("lse", "delta", "dlse") else x[:, :, mine]
-            for name, x in operands.items()
-            if x is not None and name not in ("k", "v")
-        }
-        of_group |= {"k": keys, "v": values}
-        shares.begin(group.kv)
-        first = first_head + mine.start
-        for part in problem.calls.backward(plan.steps.calls, of_group, first, wrt):
-            if "q" in found:
-                rows = found["q"][:, slice(*part.q), mine]
-                rows += part.results["q"]
-            shares.add(part)
-            for name, gradient in part.results.items():
-                if name not in _OF_TOKENS:
-                    gradient = arrays.astype(gradient, "float32")
-                    found[name] = found[name] + gradient if name in found else gradient
+    q, k, v = (operands[name] for name in OPERANDS)
+    plan, kept = _planned(problem, q, k, v, backward=True), Kept(problem, operands, wrt)
+    verb, calls = problem.calls.backward, plan.steps.calls
+    if plan.is_alone:
+        of_all = {**operands, **dict(zip(("k", "v"), plan.wire.rounded(k, v), strict=True))}
+        for part in verb(calls, of_all, first_head, wrt):
+            kept.take(part)
             # The next call takes the memory.
-            del part, gradient
+            del part
+        return {name: kept.get(name) for name in wrt}
+    of_queries = kept.get("q") if "q" in wrt else None
+    others = [name for name in wrt if name not in OPERANDS]
+    shares = _Shares(problem, plan, {"k": k, "v": v}, wrt)
+    given = {name: x for name, x in operands.items() if x is not None and name not in ("k", "v")}
+    for group, keys, values in _fetched(problem, plan, k, v):
+        mine, of_group = group.q, {"k": keys, "v": values}
+        for name, x in given.items():
+            of_group[name] = x[:, mine] if name in _BY_HEAD else x[:, :, mine]
+        shares.begin(group.kv)
+        into = None if of_queries is None else of_queries[:, :, mine]
+        for part in verb(calls, of_group, first_head + mine.start, wrt):
+            found = part.results
+            if into is not None:
+                rows = into[:, slice(*part.q)]
+                rows += found["q"]
+            shares.add(part)
+            for name in others:
+                if name in found:
+                    kept.add(name, part.q, found[name])
+            # The next call takes the memory.
+            del part, found
         shares.give()
     shares.end()
-    for name in wrt:
-        if name not in found:
-            # This rank has no queries.
-            found[name] = arrays.zeros(tuple(problem.calls.option(name).shape), "float32")
-    return found
-
-
-def is_alone(plan: Gathering) -> bool:
-    """Whether all keys are this rank's, where they belong: nothing is fetched or copied."""
-    return not plan.fetch and plan.is_whole and all(rows == place for rows, place in plan.own)
+    gradients = shares.gradients
+    return {name: gradients[name] if name in gradients else kept.get(name) for name in wrt}
 
 
 class _Group(NamedTuple):
@@ -114,6 +111,7 @@ class _Plan(NamedTuple):
 
     Attributes:
         steps: by tokens.
+        is_alone: whether all keys are this rank's, where they belong, and nothing is fetched.
         groups: in their order; all have as many heads.
         wire: of the keys and values of one group; of all heads where nothing is fetched.
         own: of this rank's tokens (rows, the first place) each.
@@ -123,6 +121,7 @@ class _Plan(NamedTuple):
     """
 
     steps: Gathering
+    is_alone: bool
     groups: tuple[_Group, ...]
     wire: Wire
     own: tuple[tuple[slice, int], ...]
@@ -145,7 +144,9 @@ def _planned(problem: Problem, q, k, v, *, backward: bool) -> _Plan:
 def _plan_of(problem: Problem, q, k, v, *, backward: bool) -> _Plan:
     plan = steps.gathering(problem.layout, problem.band)[problem.rank]
     heads_kv, seqlen = k.shape[2], problem.layout.seqlen
-    each = heads_kv if is_alone(plan) else problem.heads_at_once(q, k, v, backward=backward)
+    in_place = plan.is_whole and all(rows == place for rows, place in plan.own)
+    is_alone = in_place and not plan.fetch
+    each = heads_kv if is_alone else problem.heads_at_once(q, k, v, backward=backward)
     group, groups = q.shape[2] // heads_kv, []
     for n in range(0, heads_kv, each):
         what = f"keys and values of heads {n} to {n + each - 1} of {heads_kv}"
@@ -162,7 +163,7 @@ def _plan_of(problem: Problem, q, k, v, *, backward: bool) -> _Plan:
         for side, tokens in zip(sides, sizes, strict=True)
     )
     own = tuple((slice(*rows), place[0]) for rows, place in plan.own)
-    return _Plan(plan, tuple(groups), wire, own, sends, receives, packed)
+    return _Plan(plan, is_alone, tuple(groups), wire, own, sends, receives, packed)
 
 
 def _fetched(problem: Problem, plan: _Plan, k, v) -> Iterator[tuple[_Group, Any, Any]]:
@@ -171,7 +172,7 @@ def _fetched(problem: Problem, plan: _Plan, k, v) -> Iterator[tuple[_Group, Any,
     Keys that nobody here sees are zeros: a hidden NaN would spoil what shares a tile with it.
     """
     wire, groups = plan.wire, plan.groups
-    if is_alone(plan.steps):
+    if plan.is_alone:
         yield groups[0], *wire.rounded(k, v)
         return
     seqlen, zeroed = problem.layout.seqlen, not plan.steps.is_whole
@@ -248,8 +249,10 @@ class _Home(NamedTuple):
         tokens: that arrive.
         sends, receives: (bytes of all tokens' shares, or of those that leave put together, or of
             what arrives; the other rank) of each message.
-        pieces: in the order of ranks (own rows, whether this rank made them, where they lie among
-            all tokens, or among those that arrive). What one rank has of neighbouring rows is one.
+        rows: own rows that ranks have shares of.
+        pieces: in the order of ranks (which of `rows`, whether this rank made them, where they lie
+            among all tokens, or among those that arrive). What one rank has of neighbouring rows
+            is one.
     """
 
     columns: dict[str, slice]
@@ -257,7 +260,8 @@ class _Home(NamedTuple):
     tokens: int
     sends: list[tuple[slice, int]]
     receives: list[tuple[slice, int]]
-    pieces: list[tuple[slice, bool, slice]]
+    rows: list[slice]
+    pieces: list[tuple[int, bool, slice]]
 
 
 def _home_of(rank: int, plan: _Plan, batch: int, dims: dict[str, int]) -> _Home:
@@ -282,6 +286,7 @@ def _home_of(rank: int, plan: _Plan, batch: int, dims: dict[str, int]) -> _Home:
     found = [(peer, rows, False, place) for peer, _, rows, place in pieces]
     found += [(rank, rows, True, place) for rows, place in plan.steps.own]
     found.sort(key=lambda piece: piece[:2])
+    rows = list(dict.fromkeys(rows for _, rows, *_ in found))
     leave = [(m.peer, m.rows) for m in sends]
     arrive = [(message.peer, spans[n]) for n, message in enumerate(receives)]
     if plan.packed:
@@ -293,7 +298,8 @@ def _home_of(rank: int, plan: _Plan, batch: int, dims: dict[str, int]) -> _Home:
         at,
         [(slice(begin * size, end * size), peer) for peer, (begin, end) in leave],
         [(span, peer) for peer, span in arrive],
-        [(slice(*rows), is_own, slice(*place)) for _, rows, is_own, place in found],
+        [slice(*each) for each in rows],
+        [(rows.index(each), is_own, slice(*place)) for _, each, is_own, place in found],
     )
 
 
@@ -336,7 +342,7 @@ class _Shares:
         arrays = problem.arrays
         self._sums = arrays.zeros((tokens, batch, heads, home.row[2]), "float32")
         self.gradients = self._by_name(self._sums)
-        if not dims or is_alone(plan.steps):
+        if not dims:
             return
         self._buffer = arrays.empty((problem.layout.seqlen, *home.row), "float32")
         room = arrays.empty((home.tokens, *home.row), "float32")
@@ -348,7 +354,7 @@ class _Shares:
         self._sends = [(leaving[span], peer) for span, peer in home.sends]
         self._receives = [(arriving[span], peer) for span, peer in home.receives]
         self._arrived = [
-            (rows, (self._buffer if is_own else room)[at]) for rows, is_own, at in home.pieces
+            (n, (self._buffer if is_own else room)[at]) for n, is_own, at in home.pieces
         ]
 
     def begin(self, heads: slice) -> None:
@@ -357,12 +363,13 @@ class _Shares:
 
     def add(self, part: Part) -> None:
         """Add what one call gave, once the group before has arrived."""
-        if self._buffer is not None:
+        if self._buffer is None:
+            return
+        if not self._is_clear:
             self._clear()
         views = self._of_rows.get(part.k)
         if views is None:
-            whole = self._sums if self._buffer is None else self._buffer
-            views = self._of_rows[part.k] = self._by_name(whole[slice(*part.k)])
+            views = self._of_rows[part.k] = self._by_name(self._buffer[slice(*part.k)])
         for name, x in views.items():
             x += part.results[name]
 
@@ -370,7 +377,8 @@ class _Shares:
         """Send the shares of these heads home."""
         if self._buffer is None:
             return
-        self._clear()
+        if not self._is_clear:
+            self._clear()
         if self._packed:
             self._leaving[...] = self._buffer[self._packed.index]
         first, last = self._heads.start, self._heads.stop - 1
@@ -384,8 +392,9 @@ class _Shares:
             return
         (wait, heads), self._under_way = self._under_way, None
         wait()
-        for rows, share in self._arrived:
-            own = self._sums[rows, :, heads]
+        sums = [self._sums[rows, :, heads] for rows in self._home.rows]
+        for n, share in self._arrived:
+            own = sums[n]
             own += share
 
     def _by_name(self, rows) -> dict[str, Any]:
@@ -395,7 +404,6 @@ class _Shares:
 
     def _clear(self) -> None:
         """Make room for the shares of the next heads."""
-        if not self._is_clear:
-            self.end()
-            self._buffer[...] = 0
-            self._is_clear = True
+        self.end()
+        self._buffer[...] = 0
+        self._is_clear = True

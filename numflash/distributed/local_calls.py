@@ -15,7 +15,17 @@ from numflash.problem.options import OPTIONS
 from numflash.selection.choice import split_configs
 
 # Options that make a score depend on its position or its head.
-BY_POSITION = ("alibi_slopes", "dropout_p", "bias", "mask", "score_mod", "mask_mod")
+BY_POSITION = (
+    "alibi_slopes",
+    "dropout_p",
+    "bias",
+    "mask",
+    "block_mask",
+    "score_mod",
+    "mask_mod",
+)
+OPERANDS = ("q", "k", "v")
+"""Whose gradients have rows; those of options have none."""
 OF_DOCUMENT = ("dropout_p", "bias", "mask", "score_mod", "mask_mod")
 """Those that also make it depend on the number of its document, which is its batch entry."""
 _DEFAULTS = {option.name: option.default for option in OPTIONS}
@@ -36,6 +46,10 @@ class Part(NamedTuple):
     k: tuple[int, int]
     is_own: bool
     results: Any
+
+    def rows_of(self, name: str) -> tuple[int, int]:
+        """The rows of the gradient of an operand."""
+        return self.k if name in ("k", "v") else self.q
 
 
 class LocalCalls:
@@ -60,9 +74,9 @@ class LocalCalls:
         """
         given = {name: x for name, x in options.items() if is_given(name, x)}
         self._arrays, self._options, self._documents = arrays, options, documents
-        self._known: dict[tuple, tuple[_Made, ...]] = {}
+        self._known: dict[tuple, tuple[tuple[Call, ...], tuple[_Made, ...]]] = {}
         self.by_position = any(name in given for name in BY_POSITION)
-        # A block mask is cut to rows and heads, and so are its call's arrays of heads.
+        # A block mask is cut to rows, keys and heads, and so are its call's arrays of heads.
         self._mask = given.get("block_mask")
         self._has_origin = self._mask is None and (self.by_position or "sinks" in given)
         self._is_numbered = documents > 1 and any(name in given for name in OF_DOCUMENT)
@@ -131,22 +145,22 @@ class LocalCalls:
             wrt: as of `attention_backward`. Gradients of sinks and alibi_slopes come only of the
                 calls that have them.
         """
-        given = {name: x for name, x in operands.items() if x is not None}
-        q, k, contiguous = given["q"], given["k"], self._arrays.contiguous
+        q, k, contiguous = operands["q"], operands["k"], self._arrays.contiguous
+        given = [(name, x) for name, x in operands.items() if x is not None]
+        of_all = {} if operands.get("out") is not None else {"out": None}
         for made in self._made(calls, q, k, first_head, float32=True, wrt=wrt):
             names, at = made.options["wrt"], made.at
-            cut = {name: x[at[name]] for name, x in given.items()}
+            cut = {name: x[at[name]] for name, x in given}
             if made.hidden is not None:
                 cut["lse"] = cut["lse"] + made.hidden
             cut["lse"] = contiguous(cut["lse"])
-            first = [cut.pop(x, None) for x in _POSITIONAL]
             verb = attention_varlen_backward if made.is_packed else attention_backward
-            found = verb(*first, **cut, **made.options)
+            found = verb(**of_all, **cut, **made.options)
             results = dict(zip(names, found, strict=True))
             if made.heads is not None:
                 results |= self._of_all_heads(results, made.heads)
             if made.is_packed:
-                results |= {name: x[None] for name, x in results.items() if name in _OF_TOKENS}
+                results |= {name: x[None] for name, x in results.items() if name in OPERANDS}
             yield Part(made.q, made.k, made.is_own, results)
             # The next call takes the memory.
             del results, found
@@ -164,10 +178,10 @@ class LocalCalls:
         """The calls on such arrays, made once. With `wrt` those of a backward."""
         is_short = float32 and self._arrays.dtype_of(q) != "float32"
         batch, rows, *_ = q.shape
-        key = calls, batch, rows, k.shape[1], first_head, is_short, wrt
+        key = id(calls), batch, rows, k.shape[1], first_head, is_short, wrt
         found = self._known.get(key)
         if found is not None:
-            return found
+            return found[1]
         # Kernels on 8-bit floats know one length for all sequences.
         apart, made = self.in_codes or batch != 1, []
         in_backward = wrt is not None
@@ -197,20 +211,24 @@ class LocalCalls:
                 options |= zip(_NAMES, lengths, strict=True)
             heads = None
             if self._mask is not None:
-                heads, of_k = (first_head, first_head + q.shape[2]), (0, k.shape[1])
+                heads = first_head, first_head + q.shape[2]
                 options |= self._of_part(options, pack.calls[0], heads)
             at = _places(of_q, of_k, 0 if is_packed else slice(None))
             made.append(_Made(of_q, of_k, asked.is_own, is_packed, at, options, hidden, heads))
-        self._known[key] = tuple(made)
-        return self._known[key]
+        # With the calls themselves, so that no others get their number.
+        self._known[key] = calls, tuple(made)
+        return self._known[key][1]
 
     def _of_part(
         self, options: dict[str, Any], call: Call, heads: tuple[int, int]
     ) -> dict[str, Any]:
-        """The options that a block mask has cut, of a call on all keys."""
-        first, rows = call.origin[0], call.q[1] - call.q[0]
+        """The options that a block mask has cut."""
+        rows, keys = (
+            (first, first + end - begin)
+            for first, (begin, end) in zip(call.origin, (call.q, call.k), strict=True)
+        )
         found = {name: options[name][..., slice(*heads)] for name in _OF_HEADS if name in options}
-        found["block_mask"] = part_of(self._mask, (first, first + rows), heads)
+        found["block_mask"] = part_of(self._mask, rows, keys, heads)
         return found
 
     def _of_all_heads(self, results: dict[str, Any], heads: tuple[int, int]) -> dict[str, Any]:
@@ -223,10 +241,8 @@ class LocalCalls:
         return found
 
 
-_OF_TOKENS = ("q", "k", "v")
 _OF_HEADS = ("sinks", "alibi_slopes")
 _AUX = "aux"
-_POSITIONAL = ("dout", "q", "k", "v", "out", "lse")
 
 
 class _Made(NamedTuple):
@@ -356,6 +372,39 @@ def is_given(name: str, option) -> bool:
     are_alike = isinstance(option, bool) == isinstance(default, bool)
     is_plain = isinstance(option, int | float | str | tuple)
     return not (is_plain and are_alike and option == default)
+
+
+class Kept:
+    """Gradients that stay on this rank, of all steps."""
+
+    _found: dict[str, Any]
+
+    def __init__(self, problem, operands: dict[str, Any], wrt: tuple[str, ...]):
+        """Of a `Problem`, its operands, and the names of gradients."""
+        self._arrays, self._found = problem.arrays, {}
+        wholes = {x: operands[x] if x in OPERANDS else problem.calls.option(x) for x in wrt}
+        self._shapes = {name: tuple(x.shape) for name, x in wholes.items()}
+
+    def take(self, part: Part) -> None:
+        """Add all that a call gave."""
+        for name, gradient in part.results.items():
+            self.add(name, part.rows_of(name), gradient)
+
+    def add(self, name: str, rows: tuple[int, int], gradient) -> None:
+        """Add to the gradient's rows."""
+        if name not in OPERANDS:
+            self._found[name] = self.get(name)
+            self._found[name] += gradient
+        elif name not in self._found and rows == (0, self._shapes[name][1]):
+            self._found[name] = gradient
+        else:
+            self.get(name)[:, slice(*rows)] += gradient
+
+    def get(self, name: str):
+        """The gradient, zeros where nothing was added."""
+        if name not in self._found:
+            self._found[name] = self._arrays.zeros(self._shapes[name], "float32")
+        return self._found[name]
 
 
 def delta_of(arrays: Arrays, operands: dict[str, Any]):

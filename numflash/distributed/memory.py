@@ -148,25 +148,44 @@ def _longest(calls: Sequence[Call], side: int) -> int:
     return max((call[side][1] - call[side][0] for call in calls), default=0)
 
 
-def memory_of_heads(sizes: Sizes, tokens: int, home: Sizes, *, backward: bool = False) -> Memory:
+def memory_of_heads(
+    sizes: Sizes, home: Sizes, tokens: int, own: int, *, backward: bool = False
+) -> Memory:
     """What "heads" takes on a rank beside the method that follows, at most at a time.
+
+    What travels lies in two arrays: one of the tokens of the group, and one of the rank's own
+    tokens once for each rank of the group: ranks that share a key-value head have it each.
 
     Args:
         sizes: of this rank's heads.
+        home: of all heads.
         tokens: of its group.
-        home: of all heads; for so many tokens as a rank has on average.
+        own: tokens of this rank.
         backward: whether of the backward.
     """
-    own_tokens = tokens * sizes.heads_q // home.heads_q
-    row = sizes.out(tokens, sizes.itemsize) + sizes.rows(tokens)
-    operands = sizes.q(tokens) + sizes.keys(tokens) + (row + sizes.rows(tokens)) * backward
-    numbers = _copied(sizes, tokens)
-    results, arriving = row, home.out(own_tokens, home.itemsize) + home.rows(own_tokens)
+    rows = own * (home.heads_q // sizes.heads_q)
+
+    def queries(tokens: int) -> int:
+        of_out = sizes.out(tokens, sizes.itemsize) + 2 * sizes.rows(tokens)
+        return sizes.q(tokens) + of_out * backward
+
+    def results(tokens: int) -> int:
+        if backward:
+            return sizes.query_sums(tokens) + sizes.key_sums(tokens)
+        return sizes.out(tokens, sizes.itemsize) + sizes.rows(tokens)
+
+    # dK and dV are put side by side; lse is turned.
+    joined = sizes.key_sums(tokens) if backward else sizes.rows(tokens)
+    at_a_time = (
+        queries(rows) + queries(tokens),
+        queries(tokens) + sizes.keys(rows) + sizes.keys(tokens),
+        queries(tokens) + sizes.keys(tokens) + results(tokens),
+        results(tokens) + max(joined, results(rows)),
+    )
+    found = {"heads of all tokens": max(at_a_time)} | _copied(sizes, tokens)
     if backward:
-        results = sizes.query_sums(tokens) + sizes.key_sums(tokens)
-        arriving = home.query_sums(own_tokens) + home.key_sums(own_tokens)
-        numbers |= _in_float32(sizes, arriving)
-    return {"heads of all tokens": results + max(operands, arriving)} | numbers
+        found |= _in_float32(sizes, home.query_sums(own) + home.key_sums(own))
+    return found
 
 
 def memory_of(

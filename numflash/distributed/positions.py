@@ -1,5 +1,7 @@
 """Checks of options that go by position, against who holds which tokens."""
 
+import math
+
 from numflash.distributed import steps
 from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import OF_DOCUMENT, is_given
@@ -46,7 +48,7 @@ def expect_random_bits(options: AttentionOptions, layout: Layout, method: str) -
 
 
 def expect_blocks(options: AttentionOptions, layout: Layout, method: str) -> None:
-    """Check a block mask: its blocks are not cut, and a call has all keys of its rows.
+    """Check a block mask: each call begins where blocks do.
 
     Args:
         options: of the call.
@@ -54,29 +56,28 @@ def expect_blocks(options: AttentionOptions, layout: Layout, method: str) -> Non
         method: its name.
 
     Raises:
-        ValueError: a segment begins within a block.
-        UnsupportedError: several documents, a ring, or an option by position.
+        ValueError: one begins within a block.
+        UnsupportedError: several documents, or another option by position.
     """
     if options.block_mask is None:
         return
     others, reason = _of_document(options), None
     if len(layout.lengths) > 1:
         reason = f"it is of one sequence, and the layout has {len(layout.lengths)}"
-    elif method == "ring":
-        reason = 'its blocks are of all keys of a query, which "gather" and "heads" have'
     elif others:
         reason = f"a call with lists of its own rows has no origin, by which {others[0]} goes"
     if reason:
         raise UnsupportedError(f"block_mask over several ranks: {reason}")
-    block_m, _ = options.block_mask.block_size
-    places = [place for rank in range(layout.ranks) for place in layout.places(rank)]
-    for begin, _ in places:
-        if begin % block_m:
-            raise ValueError(
-                f"with a block_mask segments must begin at multiples of its blocks' {block_m} "
-                f"queries, and one begins at token {begin}: make the layout with "
-                f"multiple={block_m}"
-            )
+    size = options.block_mask.block_size
+    band = Band.of(options.causal, options.window_size)
+    for call in _calls(layout, band, method):
+        for begin, step, of in zip(call.origin, size, ("queries", "keys"), strict=True):
+            if begin % step:
+                raise ValueError(
+                    f"with a block_mask calls must begin at multiples of its blocks' {step} {of}, "
+                    f"and one begins at token {begin}: make the layout with "
+                    f"multiple={math.lcm(*size)}, and with a ring a window that is such a multiple"
+                )
 
 
 def _of_document(options: AttentionOptions) -> list[str]:

@@ -15,14 +15,11 @@ from typing import Any, NamedTuple
 from numflash.api.merge import merge_onto
 from numflash.distributed import steps
 from numflash.distributed.arrays import Arrays, Places, places_in_bundle
-from numflash.distributed.local_calls import Part, delta_of
+from numflash.distributed.local_calls import Kept, Part, delta_of
 from numflash.distributed.problem import Gradients, Problem, sizes_of
 from numflash.distributed.sizes import what_travels
 from numflash.distributed.steps import Exchange, Step
 from numflash.problem.options import expect_one_of
-
-_OPERANDS = ("q", "k", "v")
-"""Whose gradients have rows; those of options have none."""
 
 
 class Cargo(NamedTuple):
@@ -298,32 +295,6 @@ class _Shares:
         self._found.clear()
 
 
-class _Kept:
-    """Gradients that stay on this rank, of all steps."""
-
-    _found: dict[str, Any]
-
-    def __init__(self, arrays: Arrays, shapes: dict[str, tuple[int, ...]]):
-        self._arrays, self._shapes = arrays, shapes
-        self._found = {}
-
-    def add(self, name: str, rows: tuple[int, int], gradient) -> None:
-        """Add to the gradient's rows."""
-        if name not in _OPERANDS:
-            self._found[name] = self.get(name)
-            self._found[name] += gradient
-        elif name not in self._found and rows == (0, self._shapes[name][1]):
-            self._found[name] = gradient
-        else:
-            self.get(name)[:, slice(*rows)] += gradient
-
-    def get(self, name: str):
-        """The gradient, zeros where nothing was added."""
-        if name not in self._found:
-            self._found[name] = self._arrays.zeros(self._shapes[name], "float32")
-        return self._found[name]
-
-
 def _backward(
     problem: Problem,
     plan: tuple[Step, ...],
@@ -333,11 +304,7 @@ def _backward(
     wrt: tuple[str, ...],
 ) -> Gradients:
     going = tuple(name for name in cargo.gradients if name in wrt)
-    shapes = {name: tuple(operands[name].shape) for name in ("q", "k", "v")}
-    shapes |= {
-        name: tuple(problem.calls.option(name).shape) for name in wrt if name not in _OPERANDS
-    }
-    kept, shares = _Kept(problem.arrays, shapes), _Shares()
+    kept, shares = Kept(problem, operands, wrt), _Shares()
     around, sums = _Round(problem, plan, cargo), _Sums(problem, plan, cargo, going)
     for number, step in enumerate(plan):
         fetched = around.post(number)
@@ -354,11 +321,10 @@ def _backward(
     return {name: found[name] if name in found else kept.get(name) for name in wrt}
 
 
-def _take(part: Part, going: tuple[str, ...], shares: _Shares, kept: _Kept) -> None:
+def _take(part: Part, going: tuple[str, ...], shares: _Shares, kept: Kept) -> None:
     """The gradients of one call, to those that travel and those that stay."""
     for name, gradient in part.results.items():
-        rows = part.k if name in ("k", "v") else part.q
-        (shares if name in going else kept).add(name, rows, gradient)
+        (shares if name in going else kept).add(name, part.rows_of(name), gradient)
 
 
 class _Sums:

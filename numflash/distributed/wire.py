@@ -10,20 +10,24 @@ contiguous and is sent from its place to its place. Methods know `Wire` alone:
     k, v = wire.unpack(buffer)                  # as operands of attention
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
 from numflash.api.quantize import dequantize_fp8, quantize_fp8
 from numflash.configs import padded_fp8_head_dim
-from numflash.distributed.arrays import Arrays, Bundle, Places, places_in_bundle
+from numflash.distributed.arrays import Arrays, Bundle, Places, by_rank, places_in_bundle
 from numflash.distributed.layouts import Layout
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.runtime.errors import UnsupportedError
 
 FORMAT = "e4m3"
 WHY_NOT_FP8 = 'scales would depend on who holds which tokens; wire="e4m3" quantises at the owner'
+WHY_NOT_AUTO = (
+    "it decides on the device, by each rank's own numbers, and what travels must be known on the "
+    "host before, the same on all ranks"
+)
 _ROTATED_STEP = 64
 
 
@@ -49,6 +53,17 @@ class Wire(Protocol):
             begin: the row of the first of them.
             k: (batch, tokens, heads, head_dim).
             v: (batch, tokens, heads, head_dim_v).
+        """
+
+    def dealt(self, ranks: int, k, v) -> Bundle:
+        """A new buffer with own tokens once for each rank, of the heads that it computes with.
+
+        Each rank has `rows_of_a_rank` in it, one after the other.
+
+        Args:
+            ranks: how many share the heads evenly; they are as many as the heads, or a multiple or
+                divisor of that.
+            k, v: as of `fill`, but of all heads.
         """
 
     def spans(self, tokens: int, begin: int, end: int) -> list[slice]:
@@ -110,6 +125,14 @@ class OwnNumbers:
         rows[..., : self._keys.head_dim] = k
         rows[..., self._keys.head_dim :] = v
 
+    def dealt(self, ranks, k, v):
+        """See `Wire`."""
+        buffer = self.new(ranks * k.shape[1])
+        rows = _of_ranks(buffer["kv"], ranks)
+        _deal(rows[..., : self._keys.head_dim], k)
+        _deal(rows[..., self._keys.head_dim :], v)
+        return buffer
+
     def spans(self, tokens, begin, end):
         """See `Wire`."""
         return _spans(self._places(tokens), {"kv": slice(begin, end)})
@@ -160,14 +183,31 @@ class Codes:
         tokens = k.shape[1]
         if not tokens:
             return
-        rows = buffer["codes"][begin : begin + tokens].swapaxes(0, 1)
-        columns = slice(0, self._columns_k), slice(self._columns_k, None)
+        rows = buffer["codes"][begin : begin + tokens]
         scales = buffer["scales"][self._scales(begin, begin + tokens)]
+        for i, (columns, codes, of_rows) in enumerate(self._quantised(k, v)):
+            rows[..., columns] = codes.swapaxes(0, 1)
+            scales[..., i] = of_rows.swapaxes(0, 1)
+
+    def dealt(self, ranks, k, v):
+        """See `Wire`."""
+        tokens = k.shape[1]
+        buffer = self.new(ranks * rows_of_a_rank(self, tokens))
+        if tokens:
+            rows = _of_ranks(buffer["codes"], ranks)[:, :tokens]
+            scales = _of_ranks(buffer["scales"], ranks)
+            for i, (columns, codes, of_rows) in enumerate(self._quantised(k, v)):
+                _deal(rows[..., columns], codes)
+                _deal(scales[..., i], of_rows)
+        return buffer
+
+    def _quantised(self, k, v) -> Iterator[tuple[slice, Any, Any]]:
+        """Of k and v their columns, codes (batch, tokens, heads, columns), and scales."""
+        columns = slice(0, self._columns_k), slice(self._columns_k, None)
+        width = self._columns_k, self._keys.head_dim_v
         for i, (x, recipe) in enumerate(((k, self._recipe), (v, self._recipe_of_v))):
             found = quantize_fp8(x, recipe.granularity, recipe.block, recipe.hadamard, recipe.seed)
-            into = rows[..., columns[i]]
-            into[...] = found.data[..., : into.shape[3]]
-            scales[..., i] = found.descale.swapaxes(1, 2).swapaxes(0, 1)
+            yield columns[i], found.data[..., : width[i]], found.descale.swapaxes(1, 2)
 
     def spans(self, tokens, begin, end):
         """See `Wire`."""
@@ -221,6 +261,25 @@ class Codes:
         whole = self._keys.arrays.zeros((*codes.shape[:3], padded), "uint8")
         whole[..., :columns] = codes
         return whole
+
+
+def rows_of_a_rank(wire: Wire, tokens: int) -> int:
+    """Of a buffer in which each rank has rows for so many tokens: no scale is shared."""
+    return -(-tokens // wire.tokens_per_scale) * wire.tokens_per_scale
+
+
+def _of_ranks(rows, ranks: int):
+    """(rows of all ranks, ...) as (ranks, rows, ...)."""
+    return rows.reshape((ranks, rows.shape[0] // ranks, *rows.shape[1:]))
+
+
+def _deal(of_ranks, whole) -> None:
+    """Fill (ranks, tokens, batch, heads of a rank, ...) from (batch, tokens, heads, ...)."""
+    ranks, heads = of_ranks.shape[0], whole.shape[2]
+    # Neighbouring ranks may have the same head.
+    groups = min(ranks, heads)
+    shared = of_ranks.reshape((groups, ranks // groups, *of_ranks.shape[1:]))
+    shared[...] = by_rank(whole, groups)[:, None]
 
 
 def _remembered(*functions: Callable) -> list[Callable]:
@@ -314,7 +373,12 @@ def recipe_of(wire: str | Fp8Recipe | None, head_dim: int) -> Fp8Recipe | None:
 
 def expect_precision(function: str, precision: str | None, wire, backward: bool) -> None:
     """Check that a function can have a precision over several ranks. Raises UnsupportedError."""
-    if precision == "auto" or (precision == "fp8" and wire is None):
+    if precision == "auto":
+        raise UnsupportedError(
+            f"{function} takes no precision='auto': {WHY_NOT_AUTO}; say precision=\"fp8\" with "
+            "wire, or neither"
+        )
+    if precision == "fp8" and wire is None:
         raise UnsupportedError(
             f"{function} takes no precision={precision!r}: {WHY_NOT_FP8}, and "
             'precision="fp8" then multiplies these codes'

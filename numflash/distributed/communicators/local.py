@@ -38,7 +38,7 @@ class _Message:
     """Two ends, of which the second may be missing yet.
 
     Attributes:
-        ends: the sender's and the receiver's.
+        ends: the sender's and the receiver's, until it is done.
         is_done: whether it was copied, or on GPUs the copy is on its way.
         mark: behind the copy.
     """
@@ -80,6 +80,8 @@ class _Meeting:
     def finish(self, message: _Message, mark: Any) -> None:
         """Say that a message is copied."""
         with self.changed:
+            # Each rank keeps its own array until its wait: none holds another's memory.
+            message.ends.clear()
             message.mark, message.is_done = mark, True
             self.changed.notify_all()
 
@@ -174,6 +176,7 @@ class Local:
         with self._faults(target.what):
             ordering = self._ordering.of(target.array)
             mark = ordering.copy(target.array, source.array, (source.mark, target.mark))
+        del source, target
         self._meeting.finish(message, mark)
 
     def _await(self, message: _Message, side: int, end: _End, peer: int, deadline: float) -> None:

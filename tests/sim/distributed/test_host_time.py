@@ -28,7 +28,7 @@ PLANS = ("steps.py", "sizes.py", "memory.py", "whole.py")
 
 
 class Still:
-    """Rank 3 of 8; zeros arrive."""
+    """Rank 3 of 8; nothing moves, and what arrives is undefined."""
 
     rank, size = 3, RANKS
 
@@ -36,8 +36,6 @@ class Still:
         self.agreed = Agreed()
 
     def exchange(self, sends, receives, what):
-        for memory, _ in receives:
-            memory[...] = 0
         return lambda: None
 
     def all_gather(self, array, what):
@@ -45,6 +43,13 @@ class Still:
 
     def agree(self, text):
         return None
+
+
+@pytest.fixture(autouse=True)
+def _undefined_numbers():
+    """Are added without a warning."""
+    with np.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture
@@ -197,8 +202,8 @@ def least_seconds(call, rounds: int = 400) -> float:
         ("gather", "backward", 100),
         ("ring", "forward", 60),
         ("ring", "backward", 60),
-        ("heads", "forward", 100),
-        ("heads", "backward", 180),
+        ("heads", "forward", 90),
+        ("heads", "backward", 130),
     ],
 )
 def test_a_turn_takes_few_microseconds(monkeypatch, asked, method, one_way, most):

@@ -35,7 +35,16 @@ REFUSED = {
     "block_mask": ({"block_mask": object()}, TypeError, "block_mask must be a BlockMask"),
     "lengths": ({"seqlens_k": ONES}, UnsupportedError, "no seqlens_k: the layout says"),
     "starts": ({"starts_q": ONES}, UnsupportedError, "no starts_q: the layout says"),
-    "auto": ({"precision": "auto"}, UnsupportedError, 'no precision="auto"|precision.*auto'),
+    "auto": (
+        {"precision": "auto"},
+        UnsupportedError,
+        "no precision='auto': it decides on the device, by each rank's own numbers",
+    ),
+    "budget of auto": (
+        {"max_rel_error": 0.1},
+        UnsupportedError,
+        'no max_rel_error: it is for precision="auto": it decides on the device',
+    ),
     "unknown option": (
         {"casual": True},
         TypeError,
@@ -150,8 +159,9 @@ def test_a_rank_whose_call_ends_in_the_middle_cannot_call_again(monkeypatch):
             attention(own, own, own, comm=comm, **given)
         return str(caught.value)
 
-    found = on_ranks(3, work, comms=local(3, timeout=5.0))
-    assert "ended on this rank with MemoryError: no room" in found[0]
+    # Long before the deadline.
+    found = on_ranks(3, work, comms=local(3, timeout=300.0))
+    assert all("ended on this rank with MemoryError: no room" in said for said in found)
 
 
 def test_heads_that_cannot_be_shared_are_named():

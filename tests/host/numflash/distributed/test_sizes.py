@@ -201,9 +201,18 @@ def test_memory_is_that_of_the_table():
         "results in float32": 256 + 2 * 64,
     }
     mine = share_of(LARGE, 8)
-    assert memory_of_heads(mine, 2**17, LARGE) == {
+    assert memory_of_heads(mine, LARGE, 2**17, 2**14) == {
         "heads of all tokens": 320 * MIB + LARGE.rows(2**14)
     }
+
+
+def test_ranks_that_share_a_head_have_it_each():
+    """32 ranks, 8 key-value heads: of each key four copies leave."""
+    share = share_of(LARGE, 32)
+    assert (share.heads_q, share.heads_kv) == (1, 1)
+    q, keys = 2**17 * 128 * 2, 2 * 2**17 * 128 * 2
+    found = memory_of_heads(share, LARGE, 2**17, 2**12)
+    assert found == {"heads of all tokens": q + 2 * keys}
 
 
 def test_one_rank_takes_no_memory():
