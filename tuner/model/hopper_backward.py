@@ -38,6 +38,7 @@ from .hopper import (
     SPILLED_TIMES,
     WGMMA_EFFICIENCY,
 )
+from .kept import Kept, walks_of
 from .machine_code import Counts, MachineCode
 from .prediction import (
     BARRIER_LATENCY,
@@ -221,13 +222,15 @@ def predict(
     config: Config,
     resources: ResourceUsage,
     code: MachineCode | None,
+    kept: Kept | None = None,
 ) -> Prediction:
     """Predict the time of a compiled kernel, as `prediction.predict`.
 
     Raises:
         ValueError: not even one block fits on an SM, or it has no wgmma.
     """
-    return predict_form(machine, problem, _compiled(machine, problem, config, resources, code))
+    form = _compiled(machine, problem, config, resources, code)
+    return predict_form(machine, problem, form, kept=kept)
 
 
 def block_clocks(
@@ -236,13 +239,14 @@ def block_clocks(
     config: Config,
     resources: ResourceUsage,
     code: MachineCode | None,
+    kept: Kept | None = None,
 ) -> BlockClocks:
     """The clocks of a block of a compiled kernel, of which `predict` makes its time.
 
     Args and raises as `predict`.
     """
     form = _compiled(machine, problem, config, resources, code)
-    return _costs(machine, problem, form, 1.0).clocks
+    return _costs(machine, problem, form, 1.0, kept).clocks
 
 
 def _compiled(
@@ -264,7 +268,9 @@ def _compiled(
     return replace(form, counts=counts, rare=code.main.rare)
 
 
-def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
+def estimate(
+    machine: Machine, problem: ProblemClass, config: Config, kept: Kept | None = None
+) -> Prediction:
     """Predict a kernel's time by formula only, as `prediction.estimate`.
 
     Raises:
@@ -274,7 +280,7 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
     if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
         raise ValueError(f"no block of {config} fits on an SM of {machine.name}: {needed} bytes")
     slower = SPILLED_TIMES if config.registers[1] < expected_registers(config, traits) else 1.0
-    return predict_form(machine, problem, form_of(machine, config, problem), slower)
+    return predict_form(machine, problem, form_of(machine, config, problem), slower, kept)
 
 
 def at_best(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
@@ -312,10 +318,12 @@ class _Costs(NamedTuple):
     from_memory: float
 
 
-def _costs(machine: Machine, problem: ProblemClass, form: Form, slower: float) -> _Costs:
+def _costs(
+    machine: Machine, problem: ProblemClass, form: Form, slower: float, kept: Kept | None
+) -> _Costs:
     if not machine.wgmma_f16:
         raise ValueError(f"{machine.name} has no wgmma")
-    grid, traits, groups = lay(problem, form), problem.traits, form.groups
+    grid, traits, groups = lay(problem, form, kept), problem.traits, form.groups
     l2 = l2_share(machine, grid.blocks)
     busy, clocks = _tile(machine, form, l2)
     clocks *= slower
@@ -335,28 +343,34 @@ def _costs(machine: Machine, problem: ProblemClass, form: Form, slower: float) -
 
 
 def predict_form(
-    machine: Machine, problem: ProblemClass, form: Form, slower: float = 1.0
+    machine: Machine,
+    problem: ProblemClass,
+    form: Form,
+    slower: float = 1.0,
+    kept: Kept | None = None,
 ) -> Prediction:
     """Predict the time of a form; a tile takes `slower` times as long as without spills.
 
     Raises:
         ValueError: the machine has no wgmma.
     """
-    grid, clocks, around, busy, from_memory = _costs(machine, problem, form, slower)
+    grid, clocks, around, busy, from_memory = _costs(machine, problem, form, slower, kept)
     per_ms = machine.clock_mhz * 1e3
     if form.order is None:
         spread = closed_form(grid, machine.num_sms, 1, clocks.place)
     else:
+        of_a_list = problem.traits.ragged
+        heads = grid.heads if of_a_list else problem.batch_heads // problem.group_size
         spread = turns.clocks_of(
-            _walks(problem, form, grid),
+            _walks(problem, form, grid, heads),
             problem.group_size,
-            grid.heads,
+            heads,
             machine.num_sms,
             clocks.turn,
             around,
             *(ns * machine.clock_mhz / 1e3 for ns in (TURN_NS, COMPLETE_NS, UNTIL_FREE_NS)),
             form.buffers,
-            grid.heads if problem.traits.ragged else form.in_flight,
+            heads if of_a_list else form.in_flight,
         )
     if form.added:
         from_memory += _FLOAT_BYTES * _sums(problem)
@@ -372,19 +386,28 @@ def predict_form(
     return Prediction(ms, parts, max(parts, key=parts.get), 1)
 
 
-def _walks(problem: ProblemClass, form: Form, grid: Grid) -> tuple[tuple[int, int], ...]:
-    """The walk of each block of keys of a head, in the order in which blocks start and add."""
+def _walks(problem: ProblemClass, form: Form, grid: Grid, heads: int) -> turns.Walks:
+    """The walks of the blocks of keys, in the order in which they start and add."""
     if problem.traits.ragged:
-        return walks_in_turn(problem, form.row_tile, form.column_tile)
-    upwards = _walks_upwards(grid.launch.tiling)
-    return upwards[::-1] if form.order == "last first" else upwards
+        found = walks_in_turn(problem, form.row_tile, form.column_tile)
+        return (tuple((each,) for each in found),)
+    upwards = _walks_upwards(grid.launch.tiling, problem.group_size, heads, grid.kept)
+    if form.order == "last first":
+        return tuple(each[::-1] for each in upwards)
+    return upwards
 
 
 @lru_cache(maxsize=64)
-def _walks_upwards(tiling: Tiling) -> tuple[tuple[int, int], ...]:
-    """(first tile of queries, behind the last) that each block of keys of a head visits."""
-    begin, end, _, _ = tiles_seen(tiling)
-    return tuple(zip(begin.tolist(), end.tolist(), strict=True))
+def _walks_upwards(tiling: Tiling, group: int, heads: int, kept: Kept | None) -> turns.Walks:
+    """Of the first keys first: one list for all heads of keys, or the lists that there are."""
+    if kept is None:
+        begin, end, _, _ = tiles_seen(tiling)
+        return (tuple(((x, y),) for x, y in zip(begin.tolist(), end.tolist(), strict=True)),)
+    blocks, size = kept.by_keys.of_groups(group), kept.by_keys.size
+    lists = [[walks_of(tiling, each, size) for each in of_entry] for of_entry in blocks]
+    if len(lists[0]) == 1:
+        return tuple(each for (each,) in lists)
+    return tuple(lists[n * len(lists) // heads][n % len(lists[0])] for n in range(heads))
 
 
 def conversion_ms(machine: Machine, problem: ProblemClass) -> float:
