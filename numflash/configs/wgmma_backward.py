@@ -1,7 +1,8 @@
 """Configs of the backward for Hopper, through `wgmma` and bulk copies.
 
 Their string form: `sm90-m64n128w8s2`, which is tile_m, tile_n, the warps that multiply and stages.
-Appended is `-roles` where of two warpgroups one owns dV and the other dK.
+Appended is `-roles` where of two warpgroups one owns dV and the other dK, and in the one kernel for
+all `-persistent` where blocks take one place after another.
 """
 
 from dataclasses import dataclass, fields
@@ -202,7 +203,13 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
     """A block computes tile_n rows of dK and dV, 64 to a warpgroup, and adds its share to dQ.
 
     Q and dO come in tiles of tile_m: 64, or 64 for each warpgroup.
+
+    Attributes:
+        persistent: a block takes one tile of keys after another, and fetches the next while it
+            stores dK and dV of one.
     """
+
+    persistent: bool = switch("persistent", kw_only=True)
 
     family: ClassVar = "backward"
     _row_tile: ClassVar = "tile_n"
@@ -274,7 +281,9 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
 
     def reduction(self) -> "Sm90ReduceDqConfig":
         """The config of the kernel that makes dQ of the sums."""
-        return Sm90ReduceDqConfig(**{each.name: getattr(self, each.name) for each in fields(self)})
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        # It adds nothing up, and has no places to take one after another.
+        return Sm90ReduceDqConfig(**given | {"persistent": False})
 
 
 @dataclass(frozen=True)
@@ -282,6 +291,11 @@ class Sm90ReduceDqConfig(Sm90BackwardConfig):
     """A block converts tile_m rows of dQ from the sums of a `Sm90BackwardConfig`."""
 
     family: ClassVar = "reduce-dq"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.persistent:
+            raise ValueError(f"{type(self).__name__} {self}: a block converts one tile")
 
     @property
     def num_threads(self) -> int:
