@@ -23,6 +23,8 @@ _REGISTERS_WITH_LISTS = 40, 232
 _PRODUCER_THREADS = 128
 _WORD_BYTES, _BARRIER_WORDS, _ELEMENT_BYTES = 4, 2, 2
 _MOST_SMEM = ARCHITECTURES["sm_90a"].max_smem_per_block
+# Numbers of places that a block keeps.
+_PLACES = 2
 # Columns of dK and of dV, where a warpgroup owns both.
 _MOST_COLUMNS = 128
 # Registers of a thread beside its accumulators; more in which random bits are drawn; and more for
@@ -265,6 +267,7 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
 
     def _tiles(self, traits: Traits, dq_buffers: int) -> dict[str, int]:
         stages = self.num_stages
+        buffers = dq_buffers + (_PLACES if self.persistent else 0)
         return {
             "k": self._words(self.tile_n, traits.head_dim),
             "v": self._words(self.tile_n, traits.head_dim_v),
@@ -276,7 +279,9 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
             "dq": dq_buffers * self.tile_m * traits.head_dim,
             "lse": stages * self.tile_m,
             "delta": stages * self.tile_m,
-            "barriers": self._barriers(channels=3) + 2 * _BARRIER_WORDS * dq_buffers,
+            # The numbers of two places.
+            **({"places": _PLACES} if self.persistent else {}),
+            "barriers": self._barriers(channels=3) + 2 * _BARRIER_WORDS * buffers,
         }
 
     def reduction(self) -> "Sm90ReduceDqConfig":
