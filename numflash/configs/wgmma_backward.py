@@ -1,7 +1,8 @@
 """Configs of the backward for Hopper, through `wgmma` and bulk copies.
 
 Their string form: `sm90-m64n128w8s2`, which is tile_m, tile_n, the warps that multiply and stages.
-Appended is `-roles` where of two warpgroups one owns dV and the other dK.
+Appended is `-roles` where of two warpgroups one owns dV and the other dK, and in the one kernel for
+all `-persistent` where blocks take one place after another.
 """
 
 from dataclasses import dataclass, fields
@@ -22,6 +23,8 @@ _REGISTERS_WITH_LISTS = 40, 232
 _PRODUCER_THREADS = 128
 _WORD_BYTES, _BARRIER_WORDS, _ELEMENT_BYTES = 4, 2, 2
 _MOST_SMEM = ARCHITECTURES["sm_90a"].max_smem_per_block
+# Numbers of places that a block keeps.
+_PLACES = 2
 # Columns of dK and of dV, where a warpgroup owns both.
 _MOST_COLUMNS = 128
 # Registers of a thread beside its accumulators; more in which random bits are drawn; and more for
@@ -202,7 +205,13 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
     """A block computes tile_n rows of dK and dV, 64 to a warpgroup, and adds its share to dQ.
 
     Q and dO come in tiles of tile_m: 64, or 64 for each warpgroup.
+
+    Attributes:
+        persistent: a block takes one tile of keys after another, and fetches the next while it
+            stores dK and dV of one.
     """
+
+    persistent: bool = switch("persistent", kw_only=True)
 
     family: ClassVar = "backward"
     _row_tile: ClassVar = "tile_n"
@@ -258,6 +267,7 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
 
     def _tiles(self, traits: Traits, dq_buffers: int) -> dict[str, int]:
         stages = self.num_stages
+        buffers = dq_buffers + (_PLACES if self.persistent else 0)
         return {
             "k": self._words(self.tile_n, traits.head_dim),
             "v": self._words(self.tile_n, traits.head_dim_v),
@@ -269,12 +279,16 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
             "dq": dq_buffers * self.tile_m * traits.head_dim,
             "lse": stages * self.tile_m,
             "delta": stages * self.tile_m,
-            "barriers": self._barriers(channels=3) + 2 * _BARRIER_WORDS * dq_buffers,
+            # The numbers of two places.
+            **({"places": _PLACES} if self.persistent else {}),
+            "barriers": self._barriers(channels=3) + 2 * _BARRIER_WORDS * buffers,
         }
 
     def reduction(self) -> "Sm90ReduceDqConfig":
         """The config of the kernel that makes dQ of the sums."""
-        return Sm90ReduceDqConfig(**{each.name: getattr(self, each.name) for each in fields(self)})
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        # It adds nothing up, and has no places to take one after another.
+        return Sm90ReduceDqConfig(**given | {"persistent": False})
 
 
 @dataclass(frozen=True)
@@ -282,6 +296,11 @@ class Sm90ReduceDqConfig(Sm90BackwardConfig):
     """A block converts tile_m rows of dQ from the sums of a `Sm90BackwardConfig`."""
 
     family: ClassVar = "reduce-dq"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.persistent:
+            raise ValueError(f"{type(self).__name__} {self}: a block converts one tile")
 
     @property
     def num_threads(self) -> int:

@@ -41,6 +41,7 @@ from numflash.ptx.async_copies import (
 )
 from numflash.ptx.barriers import bar_arrive, bar_sync
 from numflash.ptx.between_blocks import (
+    atom_inc_gpu_u32,
     fence_proxy_async_global,
     ld_acquire_gpu_u32,
     st_release_gpu_u32,
@@ -148,6 +149,7 @@ from numflash.ptx.wgmma import (
 )
 
 __all__ = [
+    "atom_inc_gpu_u32",
     "CODE_OPTIONS",
     "CP_ASYNC_WAIT_GROUP",
     "EVICT_FIRST",

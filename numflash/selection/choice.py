@@ -23,13 +23,13 @@ from numflash.selection import autotune, capture, tuned
 from numflash.selection.entries import DeviceKey
 from numflash.selection.geometry import (
     Geometry,
+    blocks_at_once,
     blocks_of,
     heads_in_flight,
     heads_of_a_bundle,
     heads_packed,
     resident_blocks,
     rows_packed,
-    sms_of_persistent_kernels,
     tiles_listed,
     with_splits,
 )
@@ -285,9 +285,8 @@ def _lay(choice: Choice, problem: AttentionProblem, machine: Machine) -> Geometr
         listed = tiles_listed(problem, config, pack, blocks=slots)
         blocks = blocks_of(problem, config, heads, pack, listed=listed)
     if getattr(config, "persistent", False):
-        at_once = sms_of_persistent_kernels(machine.num_sms) * room
-        cluster = getattr(config, "cluster", 1)
-        blocks = min(blocks, max(1, at_once // cluster) * cluster)
+        at_once = blocks_at_once(config, choice.traits, machine.limits, machine.num_sms)
+        blocks = min(blocks, at_once)
     return Geometry(pack, num_splits, min(in_flight, max(1, all_heads)), blocks, listed)
 
 

@@ -60,6 +60,7 @@ from numflash.kernels.wgmma.gradient_ring import (
     make_run_block,
     matrix_of,
 )
+from numflash.kernels.wgmma.places import make_drawn_places, make_own_places
 from numflash.kernels.wgmma.queries import make_assist, make_finish, make_produce, make_walk_of
 from numflash.ptx import (
     TensorMap,
@@ -68,7 +69,6 @@ from numflash.ptx import (
     f32,
     i32,
     i64,
-    mov_ctaid_x,
     mov_tid_x,
     u32,
 )
@@ -88,7 +88,7 @@ from numflash.ptx.mbarriers import mbarrier_arrive
 from numflash.ptx.memory import mov_shared_address, st_shared_v4_f32
 from numflash.ptx.warpgroups import fence_proxy_async
 from numflash.ptx.wgmma import make_wgmma_wait_group
-from numflash.tiles import blocks, features, steps
+from numflash.tiles import features, steps
 from numflash.tiles.division import quotient
 from numflash.tiles.mma.elements import MMA_ELEMENTS
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_row
@@ -135,15 +135,17 @@ def make_backward_kernel(config: Sm90BackwardConfig, traits: Traits) -> Kernel:
     out_storage = f32 if traits.float32_out else MMA_ELEMENTS["sm80", traits.dtype].storage
     channels = _channels_of(config, traits)
     walk_of = make_walk_of(config, traits, make_place_of_last_keys(config.tile_n, traits))
-    is_idle = blocks.make_is_idle(traits)
-    of_walk = channels[:4], walk_of
+    places = make_own_places(traits)
+    if config.persistent:
+        places = make_drawn_places(config, traits, _end_of(channels[-1]))
+    of_walk = channels[:4], walk_of, places
     run_block = make_run_block(
         config,
-        channels,
+        (*channels, places.channel),
         make_produce(config, traits, *of_walk),
         make_assist(config, traits, *of_walk),
-        _make_consume(config, traits, channels, walk_of),
-        _make_add_dq(config, traits, channels, walk_of),
+        _make_consume(config, traits, channels, walk_of, places),
+        _make_add_dq(config, traits, channels, walk_of, places),
         registers=config.registers_of(traits),
     )
 
@@ -156,13 +158,12 @@ def make_backward_kernel(config: Sm90BackwardConfig, traits: Traits) -> Kernel:
         dk: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
         dv: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         dq_sums: Pointer(f32),  # (batch, num_heads_q, tiles of queries, tile_m * head_dim)
-        turns: Pointer(u32),  # (batch, num_heads_q, tiles of queries), all 0
+        turns: Pointer(u32),  # the places drawn; (batch, num_heads_q, tiles of queries); all 0
         mask: turns_mask_of(traits),
         shape: turns_shape_of(traits),
         scores: scores_of(traits.program),
     ):
-        # The grid is as long as a list of tiles may be: this one may be shorter.
-        if is_idle(mov_ctaid_x(), quotient(shape.num_heads_q, shape.group_size), shape):
+        if places.is_idle(shape):
             return
         results = dk, dv, dq_sums, turns
         given = statistics_log2, results, mask, shape, scores
@@ -177,6 +178,11 @@ def _channels_of(config: Sm90BackwardConfig, traits: Traits):
     first = of_rows[-1].empty + config.num_stages
     writers = 4 * config.dq_groups(traits)
     return *of_rows, make_channel(first, first + buffers, buffers, 1, 1, writers)
+
+
+def _end_of(channel) -> int:
+    """The first mbarrier behind those of a channel, whose buffers are as many as `empty` says."""
+    return 2 * channel.empty - channel.full
 
 
 def _make_mask_of_queries(traits: Traits):
@@ -205,7 +211,7 @@ def _make_dq_buffer(buffers: int):
     return dq_buffer
 
 
-def _make_add_dq(config: Sm90BackwardConfig, traits: Traits, channels, walk_of):
+def _make_add_dq(config: Sm90BackwardConfig, traits: Traits, channels, walk_of, places):
     """add_dq(smem, barriers, given): one thread adds dQ of each tile in global memory, in turn."""
     DQ, tile_m = channels[4], config.tile_m
     words, dq_smem = tile_m * traits.head_dim, config.smem_offsets(traits)["dq"]
@@ -222,7 +228,7 @@ def _make_add_dq(config: Sm90BackwardConfig, traits: Traits, channels, walk_of):
     def add_in_turn(smem, barriers, sums, at, source, rank, buffer, added):
         dq_sums, turns = sums
         # Hazard: sums in another order are not the same bits.
-        while ld_acquire_gpu_u32(turns, i64(at)) != rank:
+        while ld_acquire_gpu_u32(turns, i64(at) + 1) != rank:
             pass
         # Hazard: the copy would not see what the block before has added.
         fence_proxy_async_global()
@@ -238,48 +244,51 @@ def _make_add_dq(config: Sm90BackwardConfig, traits: Traits, channels, walk_of):
         turn = u32(0) if adds_last(*added) else u32(rank + u32(1))
         # Hazard: the next block would add before this sum is in memory.
         cp_async_bulk_wait_group()
-        st_release_gpu_u32(turns, i64(at), turn)
+        st_release_gpu_u32(turns, i64(at) + 1, turn)
 
     @device_function
     def add_dq(smem, barriers, given):
         _, (_, _, dq_sums, turns), mask, shape, _ = given
-        place, sequence, walk = walk_of(mask, shape)
-        block, places = quotient(place.start, tile_n), places_of(place.batch, shape)
         by_queries = mask_of_queries(mask)
-        step, head, end = first_step(walk)
-        for number in range(count_steps(walk)):
-            buffer, parity = dq_buffer(number)
-            source = i32(dq_smem + buffer * words)
-            tile, _ = tile_at(mask, step)
-            added = block, tile, head, place.batch, sequence, by_queries
-            rank = rank_of(*added)
-            at = place_of_tile(tile, head, places)
-            # Hazard: warpgroups may not have written this dQ yet.
-            DQ.wait(barriers, buffer, parity)
-            if has_place(tile, places):
-                add_in_turn(smem, barriers, (dq_sums, turns), at, source, rank, buffer, added)
-            else:
-                mbarrier_arrive(barriers, DQ.empty + buffer)
-            step, head, end = next_step(walk, step, head, end)
+        number, count = i32(0), i32(0)
+        drawn = places.take(smem, barriers, count)
+        while places.goes_on(drawn, count):
+            places.give_back_alone(barriers, count)
+            place, sequence, walk = walk_of(drawn, mask, shape)
+            block, tiles = quotient(place.start, tile_n), places_of(place.batch, shape)
+            step, head, end = first_step(walk)
+            after = i32(number + count_steps(walk))
+            while number < after:
+                buffer, parity = dq_buffer(number)
+                source = i32(dq_smem + buffer * words)
+                tile, _ = tile_at(mask, step)
+                added = block, tile, head, place.batch, sequence, by_queries
+                rank = rank_of(*added)
+                at = place_of_tile(tile, head, tiles)
+                # Hazard: warpgroups may not have written this dQ yet.
+                DQ.wait(barriers, buffer, parity)
+                if has_place(tile, tiles):
+                    add_in_turn(smem, barriers, (dq_sums, turns), at, source, rank, buffer, added)
+                else:
+                    mbarrier_arrive(barriers, DQ.empty + buffer)
+                step, head, end = next_step(walk, step, head, end)
+                number = i32(number + 1)
+            count = i32(count + 1)
+            drawn = places.take(smem, barriers, count)
 
     return add_dq
 
 
-def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of):
+def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of, places):
     """consume(smem, barriers, given): dK and dV of this warpgroup's 64 rows, and its dQ."""
-    OWNED, Q = channels[:2]
-    tile_m, tile_n = config.tile_m, config.tile_n
+    OWNED, tile_m, tile_n = channels[0], config.tile_m, config.tile_n
     n_scores, n_packed = tile_m // 2, tile_m // 4
     n_dk, n_dv = traits.head_dim // 2, traits.head_dim_v // 2
     n_dq = config.dq_columns(traits) // 2
     n_slopes, n_kept = n_scores if traits.bends_scores else 1, words_of_kept(tile_m // 8, traits)
-    count_steps, first_step, next_step = make_steps_of_heads(traits, tile_m)
+    count_steps, _, _ = make_steps_of_heads(traits, tile_m)
     all_add = config.dq_groups(traits) == config.num_warpgroups
-    first_tile, next_tile = (_make_tile(config, traits, channels, True, x) for x in (True, False))
-    first_without, next_without = (
-        _make_tile(config, traits, channels, False, x) for x in (True, False)
-    )
-    leave_dq = _make_leave_dq(config, traits, channels)
+    tiles_with, tiles_without = (_make_tiles(config, traits, channels, x) for x in (True, False))
     place_in_ds = make_place_in_slabs(tile_m)
     finish_dk = make_finish(traits, walk_of, traits.head_dim)
     finish_dv = make_finish(traits, walk_of, traits.head_dim_v)
@@ -297,55 +306,76 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of)
         dq_acc = cuda.local.array(n_dq, f32)
         kept = cuda.local.array(n_kept, u32)
         arrays = s_acc, dp_acc, slopes, p_packed, ds_packed, kept, dk_acc, dv_acc, dq_acc
-        place, sequence, walk = walk_of(mask, shape)
-        last_key = last_of(place.start, tile_n, sequence.seqlen_k)
-        from_keys = seen_from_keys(sequence)
-        whole = tiles_seen_whole(place.start, last_key, tile_m, from_keys)
-        if place.start + tile_n > sequence.seqlen_k:
-            # Rows of K past the end are zeros, whose P may be infinite: every tile is masked.
-            whole = Whole(whole.first, i32(-1))
-        keys = OwnedKeys(place.start, whole, sequence, from_keys)
-        owned = keys, place.batch, mask, place_in_ds()
-        for i in range(n_dk):
-            dk_acc[i] = f32(0)
-        for i in range(n_dv):
-            dv_acc[i] = f32(0)
-        step, head, end = first_step(walk)
-        num_steps = count_steps(walk)
-        if num_steps > 0:
-            # Hazard: products would read K and V while their bytes are still on their way.
-            OWNED.wait(barriers, 0, u32(0))
-            # The first tile has no dQ before it. With a branch on that in the loop, or with one on
-            # the warpgroup, the assembler would wait for each product by itself.
-            stage, parity = Q.following(i32(0), u32(0))
-            if all_add or group_of_thread() == 0:
-                first_tile(
-                    arrays, smem, barriers, owned, (i32(0), i32(0), u32(0)), step, head, scores
-                )
-                number = i32(1)
-                while number < num_steps:
-                    step, head, end = next_step(walk, step, head, end)
-                    at = number, stage, parity
-                    next_tile(arrays, smem, barriers, owned, at, step, head, scores)
-                    stage, parity = Q.following(stage, parity)
-                    number = i32(number + 1)
-                leave_dq(dq_acc, smem, barriers, i32(num_steps - 1))
+        at, count = (i32(0), i32(0), u32(0)), i32(0)
+        drawn = places.take(smem, barriers, count)
+        while places.goes_on(drawn, count):
+            place, sequence, walk = walk_of(drawn, mask, shape)
+            last_key = last_of(place.start, tile_n, sequence.seqlen_k)
+            from_keys = seen_from_keys(sequence)
+            whole = tiles_seen_whole(place.start, last_key, tile_m, from_keys)
+            if place.start + tile_n > sequence.seqlen_k:
+                # Rows of K past the end are zeros, whose P may be infinite: every tile is masked.
+                whole = Whole(whole.first, i32(-1))
+            keys = OwnedKeys(place.start, whole, sequence, from_keys)
+            owned = keys, place.batch, mask, place_in_ds()
+            for i in range(n_dk):
+                dk_acc[i] = f32(0)
+            for i in range(n_dv):
+                dv_acc[i] = f32(0)
+            if count_steps(walk) > 0:
+                # Hazard: products would read K and V while their bytes are still on their way.
+                OWNED.wait(barriers, 0, u32(count & 1))
+                if all_add or group_of_thread() == 0:
+                    at = tiles_with(arrays, smem, barriers, owned, at, walk, scores)
+                else:
+                    at = tiles_without(arrays, smem, barriers, owned, at, walk, scores)
             else:
-                first_without(
-                    arrays, smem, barriers, owned, (i32(0), i32(0), u32(0)), step, head, scores
-                )
-                number = i32(1)
-                while number < num_steps:
-                    step, head, end = next_step(walk, step, head, end)
-                    at = number, stage, parity
-                    next_without(arrays, smem, barriers, owned, at, step, head, scores)
-                    stage, parity = Q.following(stage, parity)
-                    number = i32(number + 1)
-        row = accumulator_row(MMA_ROWS)
-        finish_dv(dv_acc, dv, row, shape.head_dim_v, mask, shape)
-        finish_dk(dk_acc, dk, row, shape.head_dim, mask, shape)
+                # Hazard: the thread that fetches waits for all places, those without queries too.
+                OWNED.skip(barriers, group_of_thread(), 0, u32(count & 1))
+            row, drawn = accumulator_row(MMA_ROWS), places.number_of(smem, count)
+            finish_dv(dv_acc, dv, row, shape.head_dim_v, drawn, mask, shape)
+            finish_dk(dk_acc, dk, row, shape.head_dim, drawn, mask, shape)
+            places.give_back(barriers, count)
+            count = i32(count + 1)
+            drawn = places.take(smem, barriers, count)
 
     return consume
+
+
+def _make_tiles(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool):
+    """tiles(arrays, smem, barriers, owned, at, walk, scores): all tiles of a place, at least one.
+
+    `at` is that of the first tile, as in `_make_tile`; the result is that of the next place's.
+    """
+    OWNED, Q = channels[:2]
+    count_steps, first_step, next_step = make_steps_of_heads(traits, config.tile_m)
+    # The first tile has no dQ before it. With a branch on that in the loop, or with one on the
+    # warpgroup, the assembler would wait for each product by itself.
+    first_tile, next_tile = (_make_tile(config, traits, channels, adds, x) for x in (True, False))
+    leave_dq = _make_leave_dq(config, traits, channels)
+
+    @device_function
+    def tiles(arrays, smem, barriers, owned, at, walk, scores):
+        number, stage, parity = at
+        step, head, end = first_step(walk)
+        after = i32(number + count_steps(walk))
+        first_tile(arrays, smem, barriers, owned, at, step, head, scores)
+        number = i32(number + 1)
+        stage, parity = Q.following(stage, parity)
+        while number < after:
+            step, head, end = next_step(walk, step, head, end)
+            at = number, stage, parity
+            next_tile(arrays, smem, barriers, owned, at, step, head, scores)
+            stage, parity = Q.following(stage, parity)
+            number = i32(number + 1)
+        # All products of this warp have read K and V: the next ones come while it goes on.
+        OWNED.release(barriers, 0)
+        if adds:
+            dq_acc = arrays[-1]
+            leave_dq(dq_acc, smem, barriers, i32(number - 1))
+        return number, stage, parity
+
+    return tiles
 
 
 def _make_leave_dq(config: Sm90BackwardConfig, traits: Traits, channels):
