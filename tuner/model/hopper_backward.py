@@ -99,6 +99,7 @@ class Form:
         order: of `turns.ORDERS`, in which dQ is added; None if nobody waits.
         in_flight: heads whose blocks start in turn.
         blocks_order: of `layout.ORDERS`, in which blocks work.
+        persistent: whether blocks draw one place after another.
     """
 
     row_tile: int
@@ -117,6 +118,7 @@ class Form:
     order: str | None = None
     in_flight: int = 1
     blocks_order: str = "first keys first"
+    persistent: bool = False
 
 
 class Product(NamedTuple):
@@ -205,6 +207,7 @@ def form_of(machine: Machine, config: Config, problem: ProblemClass) -> Form:
         products += config.dq_groups(traits) * [product(1, config.dq_columns(traits), rows)]
         more |= {"buffers": config.dq_buffers(traits), "order": "last first"}
         more["in_flight"] = _heads_in_flight(machine, problem)
+        more["persistent"] = config.persistent
     return make_form(traits, tiles, True, groups, products, stored, **more)
 
 
@@ -334,11 +337,20 @@ def _costs(
     missed = min(1.0, at_once * from_memory / max(1.0, asked))
     clocks += _stall(form, clocks, L2_LATENCY + missed * (MEMORY_LATENCY - L2_LATENCY), l2)
     masked = grid.walks.edges * max(form.rare.issued, _THREADS * form.rare.alu / machine.alu_lanes)
-    # Rows that stay, and the first tile; the next block starts while results are being stored.
+    # Rows that stay, and the first tile.
     owned = form.row_tile * (traits.head_dim + traits.head_dim_v) * _ELEMENT_BYTES
-    start = BLOCK_LATENCY + 2 * MEMORY_LATENCY + (owned + sum(form.fetched)) / l2
-    around = start + groups * (masked + _ISSUED_PER_BLOCK + _ISSUED_PER_OUTPUT * form.outputs)
-    block = BlockClocks(start, lambda tiles, _: tiles * clocks + around, 1)
+    arrives = MEMORY_LATENCY + (owned + sum(form.fetched)) / l2
+    start = BLOCK_LATENCY + MEMORY_LATENCY + arrives
+    stored = groups * (_ISSUED_PER_BLOCK + _ISSUED_PER_OUTPUT * form.outputs)
+    between = stored + start
+    if form.persistent:
+        # The next ones come while results are stored; not behind the last place, counted ahead.
+        between = max(stored, arrives)
+        start += stored - between
+    around = between + groups * masked
+    block = BlockClocks(
+        start, lambda tiles, _: tiles * clocks + around, 1, form.persistent, form.persistent
+    )
     return _Costs(grid, block, around, busy, from_memory)
 
 
@@ -371,6 +383,7 @@ def predict_form(
             *(ns * machine.clock_mhz / 1e3 for ns in (TURN_NS, COMPLETE_NS, UNTIL_FREE_NS)),
             form.buffers,
             heads if of_a_list else form.in_flight,
+            clocks.start if form.persistent else 0.0,
         )
     if form.added:
         from_memory += _FLOAT_BYTES * _sums(problem)

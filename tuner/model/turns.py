@@ -53,6 +53,7 @@ def clocks_of(
     until_free: float,
     buffers: int,
     in_flight: int = 1,
+    begin: float = 0.0,
 ) -> float:
     """Clocks until the last block is done.
 
@@ -69,6 +70,7 @@ def clocks_of(
         until_free: from there until its buffer is free again.
         buffers: of dQ.
         in_flight: heads whose blocks start in turn.
+        begin: when each SM may begin with its first block.
     """
     blocks = len(walks[0])
     if in_flight >= heads and blocks * heads > _MOST_BLOCKS:
@@ -78,18 +80,18 @@ def clocks_of(
     else:
         longer = 1.0
     played = min(heads, max(2 * in_flight, _MOST_BLOCKS // blocks // 2 * 2))
-    free = [0.0] * sms
+    free = [begin] * sms
     ends = (end for each in walks for walk in each for _, end in walk)
     last, half = max(ends, default=0), 0.0
     visited = [[_tiles(walk) for walk in each] for each in walks]
-    for begin in range(0, played, in_flight):
-        if begin <= played // 2:
-            half, halfway = sum(free), begin
-        together = range(min(in_flight, played - begin))
+    for bundle in range(0, played, in_flight):
+        if bundle <= played // 2:
+            half, halfway = sum(free), bundle
+        together = range(min(in_flight, played - bundle))
         turns = np.zeros((len(together), repeats, last))
         for block, head in itertools.product(range(blocks), together):
             done = heapq.heappop(free) + around / 2
-            tiles = visited[(begin + head) * len(walks) // heads][block]
+            tiles = visited[(bundle + head) * len(walks) // heads][block]
             here = turns[head][:, tiles]
             if here.size:
                 start = _starts(here.ravel(), done, tile, complete, until_free, buffers)

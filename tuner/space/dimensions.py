@@ -218,7 +218,9 @@ def _hopper_backward(family: str, num_warpgroups: int) -> dict[str, tuple]:
     }
     if family == "backward-dkdv":
         found |= {"apart": (False,), "roles": (False,)}
-    return found | ({"num_splits": (1,)} if family == "backward" else {})
+    if family == "backward":
+        found |= {"num_splits": (1,), "persistent": _OFF_ON}
+    return found
 
 
 def _layouts(problem: ProblemClass, machine: Machine, rows_packed: int) -> dict[str, tuple]:

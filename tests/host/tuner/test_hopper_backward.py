@@ -19,6 +19,8 @@ from tuner.records import ResourceUsage
 from tuner.space import machines
 
 H100 = machines.find("H100")
+ONE = "m64n128w8s2"
+FITS = ResourceUsage(168, 0, 200_000, 384, 1, "registers")
 CONFIGS = {
     "backward-dq": ("m128n128w8s1", "m64n64w4s2", "m128n64w8s2"),
     "backward-dkdv": ("m64n128w8s2", "m64n192w12s1", "m32n64w4s2"),
@@ -195,6 +197,28 @@ def test_one_kernel_has_what_its_config_says():
 def test_registers_that_do_not_suffice_make_products_wait_for_each_other():
     wide = estimate("backward-dq", "m128n128w8s1", more="-softcap").ms
     assert wide > 1.5 * estimate("backward-dq", "m128n64w8s2", more="-softcap").ms
+
+
+def test_blocks_that_draw_places_begin_once():
+    """With a place for each SM as long; with more all but the way of K and V is hidden."""
+    times = []
+    for heads in (1, 8, 32):
+        problem, form = fused(order="last first", of={"heads": heads, "q": 16384, "k": 16384})
+        pair = [replace(form, persistent=x) for x in (False, True)]
+        times.append([hopper_backward.predict_form(H100, problem, x).ms for x in pair])
+    assert times[0][1] == pytest.approx(times[0][0])
+    gained = [alone - drawn for alone, drawn in times]
+    # 1,024 and 4,096 places on 132 SMs: 7 and 31 times less.
+    assert 0 < 4 * gained[1] < gained[2] < 5 * gained[1]
+    clocks = [
+        model.block_clocks(H100, problem, parse_config("backward", f"sm90-{ONE}{x}"), FITS, None)
+        for x in ("", "-persistent")
+    ]
+    assert [each.drawn for each in clocks] == [False, True]
+    stored = 2 * (hopper_backward._ISSUED_PER_BLOCK + 2 * 128)
+    # K and V come while dK and dV are stored, which takes less.
+    between = [each.place(0, 1) for each in clocks]
+    assert stored < between[1] < between[0] - 1000
 
 
 # Turns
