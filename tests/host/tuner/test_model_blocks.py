@@ -94,7 +94,7 @@ def test_turns_are_those_of_the_lists(monkeypatch, lists, group):
 
     monkeypatch.setattr(turns, "clocks_of", spied)
     model.estimate(H100, problem, parse_config("backward", ONE), kept)
-    ((walks, (repeats, heads, sms, *times, buffers, _), found),) = played
+    ((walks, (repeats, heads, sms, *times, buffers, _, _), found),) = played
     tiles = scores_of(problem, kept).reshape(-1, 16, 64, 8, 128).any(axis=(2, 4))
     last_first = [[np.flatnonzero(row).tolist() for row in each.T[::-1]] for each in tiles]
     by_head = [tiles_of(walks)[head * len(walks) // heads] for head in range(heads)]
