@@ -288,7 +288,9 @@ class Backward:
             blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
         if getattr(config, "persistent", False):
             machine = machine_of(self.device)
-            blocks = min(blocks, blocks_at_once(config, choice.traits, machine.limits, machine.num_sms))
+            blocks = min(
+                blocks, blocks_at_once(config, choice.traits, machine.limits, machine.num_sms)
+            )
         part = tiles * config.tile_m * choice.traits.head_dim
         if in_turn:
             # Blocks add to the same sums.

@@ -1,8 +1,8 @@
 """Configs of the backward for Hopper, through `wgmma` and bulk copies.
 
 Their string form: `sm90-m64n128w8s2`, which is tile_m, tile_n, the warps that multiply and stages.
-Appended is `-roles` where of two warpgroups one owns dV and the other dK, and in the one kernel for
-all `-persistent` where blocks take one place after another.
+Appended is `-roles` where of two warpgroups one owns dV and the other dK, and in the one kernel
+for all three gradients `-persistent` where blocks take one place after another.
 """
 
 from dataclasses import dataclass, fields
@@ -19,12 +19,10 @@ from numflash.runtime.devices import ARCHITECTURES, Architecture
 # Registers a thread of the warpgroup that copies, and of those that multiply, by how many these
 # are: the most that 64 Ki registers allow.
 _REGISTERS = {1: (56, 256), 2: (24, 240), 3: (32, 160)}
-_REGISTERS_WITH_LISTS = 40, 232
+_REGISTERS_TO_LOOK_UP = 40, 232
 _PRODUCER_THREADS = 128
 _WORD_BYTES, _BARRIER_WORDS, _ELEMENT_BYTES = 4, 2, 2
 _MOST_SMEM = ARCHITECTURES["sm_90a"].max_smem_per_block
-# Numbers of places that a block keeps.
-_PLACES = 2
 # Columns of dK and of dV, where a warpgroup owns both.
 _MOST_COLUMNS = 128
 # Registers of a thread beside its accumulators; more in which random bits are drawn; and more for
@@ -74,10 +72,10 @@ class _OnWarpgroups:
         return _REGISTERS[self.num_warpgroups]
 
     def registers_of(self, traits: Traits) -> tuple[int, int]:
-        """`registers`; warps that fetch statistics want more where blocks or tiles are listed."""
-        is_listed = bool(traits.blocks) or traits.ragged
-        if is_listed and self.assisting_threads and self.num_warpgroups == 2:
-            return _REGISTERS_WITH_LISTS
+        """`registers`; warps that copy want more where they look up lists, or places."""
+        looks_up = bool(traits.blocks) or traits.ragged or getattr(self, "persistent", False)
+        if looks_up and self.assisting_threads and self.num_warpgroups == 2:
+            return _REGISTERS_TO_LOOK_UP
         return self.registers
 
     @property
@@ -267,7 +265,7 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
 
     def _tiles(self, traits: Traits, dq_buffers: int) -> dict[str, int]:
         stages = self.num_stages
-        buffers = dq_buffers + (_PLACES if self.persistent else 0)
+        buffers = dq_buffers + self.persistent
         return {
             "k": self._words(self.tile_n, traits.head_dim),
             "v": self._words(self.tile_n, traits.head_dim_v),
@@ -279,8 +277,8 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
             "dq": dq_buffers * self.tile_m * traits.head_dim,
             "lse": stages * self.tile_m,
             "delta": stages * self.tile_m,
-            # The numbers of two places.
-            **({"places": _PLACES} if self.persistent else {}),
+            # The number of the place, and its turn.
+            **({"places": 2} if self.persistent else {}),
             "barriers": self._barriers(channels=3) + 2 * _BARRIER_WORDS * buffers,
         }
 

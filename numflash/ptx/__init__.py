@@ -149,7 +149,6 @@ from numflash.ptx.wgmma import (
 )
 
 __all__ = [
-    "atom_inc_gpu_u32",
     "CODE_OPTIONS",
     "CP_ASYNC_WAIT_GROUP",
     "EVICT_FIRST",
@@ -163,6 +162,7 @@ __all__ = [
     "Regs",
     "Shared",
     "TensorMap",
+    "atom_inc_gpu_u32",
     "bar_arrive",
     "bar_sync",
     "barrier_cluster_arrive",

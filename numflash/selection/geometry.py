@@ -106,9 +106,7 @@ def sms_of_persistent_kernels(num_sms: int) -> int:
     return max(1, num_sms - (whole_number("NUMFLASH_SPARE_SMS", at_least=0) or 0))
 
 
-def blocks_at_once(
-    config: MmaConfig, traits: Traits, limits: Architecture, num_sms: int
-) -> int:
+def blocks_at_once(config: MmaConfig, traits: Traits, limits: Architecture, num_sms: int) -> int:
     """Blocks of a persistent kernel's grid where it has places for all: those that run at once.
 
     They are a multiple of those of a cluster, and at least one cluster.

@@ -60,7 +60,7 @@ from numflash.kernels.wgmma.gradient_ring import (
     make_run_block,
     matrix_of,
 )
-from numflash.kernels.wgmma.places import make_drawn_places, make_own_places
+from numflash.kernels.wgmma.places import make_drawn_places, make_each, make_own_places
 from numflash.kernels.wgmma.queries import make_assist, make_finish, make_produce, make_walk_of
 from numflash.ptx import (
     TensorMap,
@@ -247,34 +247,37 @@ def _make_add_dq(config: Sm90BackwardConfig, traits: Traits, channels, walk_of, 
         st_release_gpu_u32(turns, i64(at) + 1, turn)
 
     @device_function
-    def add_dq(smem, barriers, given):
+    def add_dq_of_place(smem, barriers, given, drawn, turn, number):
         _, (_, _, dq_sums, turns), mask, shape, _ = given
         by_queries = mask_of_queries(mask)
-        number, count = i32(0), i32(0)
-        drawn = places.take(smem, barriers, count)
-        while places.goes_on(drawn, count):
-            places.give_back_alone(barriers, count)
-            place, sequence, walk = walk_of(drawn, mask, shape)
-            block, tiles = quotient(place.start, tile_n), places_of(place.batch, shape)
-            step, head, end = first_step(walk)
-            after = i32(number + count_steps(walk))
-            while number < after:
-                buffer, parity = dq_buffer(number)
-                source = i32(dq_smem + buffer * words)
-                tile, _ = tile_at(mask, step)
-                added = block, tile, head, place.batch, sequence, by_queries
-                rank = rank_of(*added)
-                at = place_of_tile(tile, head, tiles)
-                # Hazard: warpgroups may not have written this dQ yet.
-                DQ.wait(barriers, buffer, parity)
-                if has_place(tile, tiles):
-                    add_in_turn(smem, barriers, (dq_sums, turns), at, source, rank, buffer, added)
-                else:
-                    mbarrier_arrive(barriers, DQ.empty + buffer)
-                step, head, end = next_step(walk, step, head, end)
-                number = i32(number + 1)
-            count = i32(count + 1)
-            drawn = places.take(smem, barriers, count)
+        # The place before may be stored long before its last dQ has its turn.
+        places.give_back_alone(barriers)
+        place, sequence, walk = walk_of(drawn, mask, shape)
+        block, tiles = quotient(place.start, tile_n), places_of(place.batch, shape)
+        step, head, end = first_step(walk)
+        after = i32(number + count_steps(walk))
+        while number < after:
+            buffer, parity = dq_buffer(number)
+            source = i32(dq_smem + buffer * words)
+            tile, _ = tile_at(mask, step)
+            added = block, tile, head, place.batch, sequence, by_queries
+            rank = rank_of(*added)
+            at = place_of_tile(tile, head, tiles)
+            # Hazard: warpgroups may not have written this dQ yet.
+            DQ.wait(barriers, buffer, parity)
+            if has_place(tile, tiles):
+                add_in_turn(smem, barriers, (dq_sums, turns), at, source, rank, buffer, added)
+            else:
+                mbarrier_arrive(barriers, DQ.empty + buffer)
+            step, head, end = next_step(walk, step, head, end)
+            number = i32(number + 1)
+        return number, turn
+
+    add_dq_of_places = make_each(places, add_dq_of_place)
+
+    @device_function
+    def add_dq(smem, barriers, given):
+        add_dq_of_places(smem, barriers, given, i32(0))
 
     return add_dq
 
@@ -288,14 +291,48 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of,
     n_slopes, n_kept = n_scores if traits.bends_scores else 1, words_of_kept(tile_m // 8, traits)
     count_steps, _, _ = make_steps_of_heads(traits, tile_m)
     all_add = config.dq_groups(traits) == config.num_warpgroups
-    tiles_with, tiles_without = (_make_tiles(config, traits, channels, x) for x in (True, False))
+    tiles_with, tiles_without = (
+        _make_tiles(config, traits, channels, places, x) for x in (True, False)
+    )
     place_in_ds = make_place_in_slabs(tile_m)
     finish_dk = make_finish(traits, walk_of, traits.head_dim)
     finish_dv = make_finish(traits, walk_of, traits.head_dim_v)
 
     @device_function
+    def consume_place(smem, barriers, work, drawn, turn, at):
+        (_, (dk, dv, _, _), mask, shape, scores), arrays = work
+        dk_acc, dv_acc = arrays[6:8]
+        place, sequence, walk = walk_of(drawn, mask, shape)
+        last_key = last_of(place.start, tile_n, sequence.seqlen_k)
+        from_keys = seen_from_keys(sequence)
+        whole = tiles_seen_whole(place.start, last_key, tile_m, from_keys)
+        if place.start + tile_n > sequence.seqlen_k:
+            # Rows of K past the end are zeros, whose P may be infinite: every tile is masked.
+            whole = Whole(whole.first, i32(-1))
+        keys = OwnedKeys(place.start, whole, sequence, from_keys)
+        owned = keys, place.batch, mask, place_in_ds()
+        for i in range(n_dk):
+            dk_acc[i] = f32(0)
+        for i in range(n_dv):
+            dv_acc[i] = f32(0)
+        if count_steps(walk) > 0:
+            # Hazard: products would read K and V while their bytes are still on their way.
+            OWNED.wait(barriers, 0, turn)
+            if all_add or group_of_thread() == 0:
+                at, drawn, turn = tiles_with(arrays, smem, barriers, owned, at, walk, scores)
+            else:
+                at, drawn, turn = tiles_without(arrays, smem, barriers, owned, at, walk, scores)
+        else:
+            places.give_back(barriers)
+        row = accumulator_row(MMA_ROWS)
+        finish_dv(dv_acc, dv, row, shape.head_dim_v, drawn, mask, shape)
+        finish_dk(dk_acc, dk, row, shape.head_dim, drawn, mask, shape)
+        return at, turn
+
+    consume_places = make_each(places, consume_place)
+
+    @device_function
     def consume(smem, barriers, given):
-        _, (dk, dv, _, _), mask, shape, scores = given
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
         slopes = cuda.local.array(n_slopes, f32)
@@ -306,48 +343,18 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of,
         dq_acc = cuda.local.array(n_dq, f32)
         kept = cuda.local.array(n_kept, u32)
         arrays = s_acc, dp_acc, slopes, p_packed, ds_packed, kept, dk_acc, dv_acc, dq_acc
-        at, count = (i32(0), i32(0), u32(0)), i32(0)
-        drawn = places.take(smem, barriers, count)
-        while places.goes_on(drawn, count):
-            place, sequence, walk = walk_of(drawn, mask, shape)
-            last_key = last_of(place.start, tile_n, sequence.seqlen_k)
-            from_keys = seen_from_keys(sequence)
-            whole = tiles_seen_whole(place.start, last_key, tile_m, from_keys)
-            if place.start + tile_n > sequence.seqlen_k:
-                # Rows of K past the end are zeros, whose P may be infinite: every tile is masked.
-                whole = Whole(whole.first, i32(-1))
-            keys = OwnedKeys(place.start, whole, sequence, from_keys)
-            owned = keys, place.batch, mask, place_in_ds()
-            for i in range(n_dk):
-                dk_acc[i] = f32(0)
-            for i in range(n_dv):
-                dv_acc[i] = f32(0)
-            if count_steps(walk) > 0:
-                # Hazard: products would read K and V while their bytes are still on their way.
-                OWNED.wait(barriers, 0, u32(count & 1))
-                if all_add or group_of_thread() == 0:
-                    at = tiles_with(arrays, smem, barriers, owned, at, walk, scores)
-                else:
-                    at = tiles_without(arrays, smem, barriers, owned, at, walk, scores)
-            else:
-                # Hazard: the thread that fetches waits for all places, those without queries too.
-                OWNED.skip(barriers, group_of_thread(), 0, u32(count & 1))
-            row, drawn = accumulator_row(MMA_ROWS), places.number_of(smem, count)
-            finish_dv(dv_acc, dv, row, shape.head_dim_v, drawn, mask, shape)
-            finish_dk(dk_acc, dk, row, shape.head_dim, drawn, mask, shape)
-            places.give_back(barriers, count)
-            count = i32(count + 1)
-            drawn = places.take(smem, barriers, count)
+        consume_places(smem, barriers, (given, arrays), (i32(0), i32(0), u32(0)))
 
     return consume
 
 
-def _make_tiles(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool):
+def _make_tiles(config: Sm90BackwardConfig, traits: Traits, channels, places, adds: bool):
     """tiles(arrays, smem, barriers, owned, at, walk, scores): all tiles of a place, at least one.
 
-    `at` is that of the first tile, as in `_make_tile`; the result is that of the next place's.
+    `at` is that of the first tile, as in `_make_tile`. The result is that of the next place's,
+    and this place's number and turn, which is given back.
     """
-    OWNED, Q = channels[:2]
+    Q = channels[1]
     count_steps, first_step, next_step = make_steps_of_heads(traits, config.tile_m)
     # The first tile has no dQ before it. With a branch on that in the loop, or with one on the
     # warpgroup, the assembler would wait for each product by itself.
@@ -368,12 +375,14 @@ def _make_tiles(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool
             next_tile(arrays, smem, barriers, owned, at, step, head, scores)
             stage, parity = Q.following(stage, parity)
             number = i32(number + 1)
-        # All products of this warp have read K and V: the next ones come while it goes on.
-        OWNED.release(barriers, 0)
+        # Read again, so that no register keeps them through the walk.
+        drawn, turn = places.number_of(smem), places.turn_of(smem)
+        # Hazard: products must have read K and V: the next come while dK and dV are stored.
+        places.give_back(barriers)
         if adds:
             dq_acc = arrays[-1]
-            leave_dq(dq_acc, smem, barriers, i32(number - 1))
-        return number, stage, parity
+            leave_dq(dq_acc, smem, barriers, i32(after - 1))
+        return (number, stage, parity), drawn, turn
 
     return tiles
 
