@@ -19,6 +19,11 @@ at any moment, and "first first". Blocks that begin at different tiles under a f
 FlashAttention-3, hardly wait: for them nothing is played. In a list of tiles, of sequences with
 lengths of their own, blocks start and add in the order of the list. With a block mask a block
 visits the tiles that its list has, and waits only for blocks whose lists have them, too.
+
+A block is taken to end, or to begin with its next place, when its last tile is added. In truth it
+stores dK and dV meanwhile, and a block that draws places goes on. By a model that played this both
+are shorter by some 3 % with 512 tokens and by 1 % and less with 4,096 and more, and blocks that
+draw gain the same factors.
 """
 
 import heapq
