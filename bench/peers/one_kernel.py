@@ -35,7 +35,7 @@ _AT_END = (
         "            wait_for_dq(dq_acc)\n",
         "            wait_for_dq(dq_acc)\n            leave_dq(dq_acc, smem, barriers, number)\n",
     ),
-    ("                leave_dq(dq_acc, smem, barriers, i32(num_steps - 1))\n", ""),
+    ("            leave_dq(dq_acc, smem, barriers, i32(after - 1))\n", ""),
 )
 """(text in the kernel's module, what stands for it): dQ of a tile is left in the tile itself."""
 

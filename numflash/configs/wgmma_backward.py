@@ -224,6 +224,11 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
                 f"{type(self).__name__} {self}: tile_m must be {WARPGROUP_ROWS} or tile_n, "
                 f"products of dQ have {WARPGROUP_ROWS} rows of queries"
             )
+        if self.persistent and self.num_warpgroups == 3:
+            raise ValueError(
+                f"{type(self).__name__} {self}: blocks take one place after another with 4 or 8 "
+                f"warps; with 12 a thread has {self.registers[1]} registers, one too few"
+            )
 
     @property
     def assisting_threads(self) -> int:

@@ -137,8 +137,8 @@ places  places  those that assist give back for nobody
     others, groups = config.assisting_threads // 32 + 1 -> others, groups = 1
 queries  unseen  a place without queries has no phase
     OWNED.expect(barriers, 0, owned_bytes if num_steps > 0 else u32(0)) -> OWNED.expect(barriers, 0, owned_bytes)
-backward  places  tiles are counted anew in each place
-    after = i32(number + num_steps) -> number, after = i32(0), i32(num_steps)
+backward  places  stages begin anew in each place
+    return (number, stage, parity), drawn, turn -> return (i32(0), i32(0), u32(0)), drawn, turn
 """  # noqa: E501
 _SYNCHRONISATION = r"PLACES\.\w+|mbarrier_arrive|places\.give_back\w*|OWNED\.\w+"
 
@@ -203,5 +203,3 @@ def test_the_counter_is_0_again(hopper, monkeypatch):
     expected = gradients("causal", "-persistent", 0, 2, monkeypatch)
     monkeypatch.setattr(Backward, "bind", bound)
     assert gradients("causal", "-persistent", 1, 2, monkeypatch) == expected
-
-

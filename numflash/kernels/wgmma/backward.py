@@ -33,9 +33,13 @@ other two 294 for 512.
 
 Tiles may be those of lists: of sequences with lengths of their own, or of a block mask.
 
+A block has one tile of keys, or with `-persistent` draws one after another (`places`), and fetches
+the next K, V, Q and dO while it stores dK and dV.
+
 No wait is part of a circle. `add_dq` waits for dQ of its own block, and for the turns of blocks
-that began before it. Warpgroups wait until `add_dq` has read the tile before, or with two buffers
-of dQ the one before that. The warps that fetch wait only for warpgroups.
+that began before it, or of places that were drawn before. Warpgroups wait until `add_dq` has read the tile before, or with two buffers
+of dQ the one before that. The warps that fetch wait only for warpgroups, and who
+draws also until `add_dq` is through with the places before the last.
 
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2; FlashAttention-3, arXiv 2407.08608.
 """
@@ -289,7 +293,7 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of,
     n_dk, n_dv = traits.head_dim // 2, traits.head_dim_v // 2
     n_dq = config.dq_columns(traits) // 2
     n_slopes, n_kept = n_scores if traits.bends_scores else 1, words_of_kept(tile_m // 8, traits)
-    count_steps, first_step, _ = make_steps_of_heads(traits, tile_m)
+    count_steps, _, _ = make_steps_of_heads(traits, tile_m)
     all_add = config.dq_groups(traits) == config.num_warpgroups
     tiles_with, tiles_without = (
         _make_tiles(config, traits, channels, places, x) for x in (True, False)
@@ -315,14 +319,13 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of,
             dk_acc[i] = f32(0)
         for i in range(n_dv):
             dv_acc[i] = f32(0)
-        walked = walk, first_step(walk), count_steps(walk)
-        if walked[2] > 0:
+        if count_steps(walk) > 0:
             # Hazard: products would read K and V while their bytes are still on their way.
             OWNED.wait(barriers, 0, turn)
             if all_add or group_of_thread() == 0:
-                at, drawn, turn = tiles_with(arrays, smem, barriers, owned, at, walked, scores)
+                at, drawn, turn = tiles_with(arrays, smem, barriers, owned, at, walk, scores)
             else:
-                at, drawn, turn = tiles_without(arrays, smem, barriers, owned, at, walked, scores)
+                at, drawn, turn = tiles_without(arrays, smem, barriers, owned, at, walk, scores)
         else:
             places.give_back(barriers)
         row = accumulator_row(MMA_ROWS)
@@ -350,24 +353,23 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of,
 
 
 def _make_tiles(config: Sm90BackwardConfig, traits: Traits, channels, places, adds: bool):
-    """tiles(arrays, smem, barriers, owned, at, walked, scores): all tiles of a place, at least one.
+    """tiles(arrays, smem, barriers, owned, at, walk, scores): all tiles of a place, at least one.
 
-    `walked` are the `Walk`, its first step, and their number; `at` is that of the first tile, as in
-    `_make_tile`. The result is that of the next place's,
+    `at` is that of the first tile, as in `_make_tile`. The result is that of the next place's,
     and this place's number and turn, which is given back.
     """
     Q = channels[1]
-    _, _, next_step = make_steps_of_heads(traits, config.tile_m)
+    count_steps, first_step, next_step = make_steps_of_heads(traits, config.tile_m)
     # The first tile has no dQ before it. With a branch on that in the loop, or with one on the
     # warpgroup, the assembler would wait for each product by itself.
     first_tile, next_tile = (_make_tile(config, traits, channels, adds, x) for x in (True, False))
     leave_dq = _make_leave_dq(config, traits, channels)
 
     @device_function
-    def tiles(arrays, smem, barriers, owned, at, walked, scores):
+    def tiles(arrays, smem, barriers, owned, at, walk, scores):
         number, stage, parity = at
-        walk, (step, head, end), num_steps = walked
-        after = i32(number + num_steps)
+        step, head, end = first_step(walk)
+        after = i32(number + count_steps(walk))
         first_tile(arrays, smem, barriers, owned, at, step, head, scores)
         number = i32(number + 1)
         stage, parity = Q.following(stage, parity)

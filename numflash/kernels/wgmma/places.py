@@ -7,17 +7,19 @@ by a loop of its own (`make_each`):
     make_drawn_places     the thread that fetches draws numbers, until there are no places left
 
 A drawn number goes to all warps of the block by a channel of one buffer, and with it its turn: how
-many places the block has had before, modulo 2, which is the parity of the phase in which K and V of
-the place come. Consumers give the number back when their products are over, and with it K and V:
-while they store dK and dV, the next place begins.
+many places the block has had before, modulo 2, which is the parity of the phase in which K and V
+of the place come. Consumers give the number back when their products are over, and with it K and
+V: while they store dK and dV, the next place begins.
 
 Numbers come from a counter in global memory, by an atomic addition. So whoever has drawn a number
 runs, and smaller ones were drawn before. Take the smallest place that is not finished. If a block
 has drawn it, the block is at it: a block finishes its places in order. It waits for smaller places
-only, which are finished, and so it ends. If nobody has drawn it, the next block does that has none,
-or begins. So all places end, however few blocks run at once, and in whatever order they start.
+only, which are finished, and so it ends. If nobody has drawn it, the next block does that has
+none, or begins. So all places end, however few blocks run at once, and in whatever order they
+start.
 
-Each block draws once more than it has places. After the last of these draws the counter is 0 again.
+Each block draws once more than it has places. After the last of these draws the counter is 0
+again, so that a launch may be repeated.
 """
 
 from collections.abc import Callable
@@ -42,7 +44,7 @@ class Places(NamedTuple):
     """The verbs of a block's places.
 
     is_idle(shape)                       whether a block has nothing to do from the first
-    draw(smem, barriers, work, turn)     by the thread that fetches: the next number, or one below 0
+    draw(smem, barriers, work, turn)     by the thread that fetches: the next number, or one < 0
     take(smem, barriers, work, turn)     by all others: that number, once it is drawn
     number_of(smem), turn_of(smem)       both again, until they are given back
     give_back(barriers)                  by all lanes of a warp, which want the place no more

@@ -1,9 +1,9 @@
 """The walk of a Hopper block that owns keys over tiles of queries, and the warps that fetch.
 
 In each of its `places` a block owns tile_n rows of K and V and walks over Q and dO in tiles of
-tile_m, for every query head of the group that shares the key-value head. One thread fetches them by
-bulk copies, and warps beside it lse and delta. `given` are the statistics, the results, and the
-`Mask`, `Shape` and `Scores` of the call.
+tile_m, for every query head of the group that shares the key-value head. One thread fetches them
+by bulk copies, and warps beside it lse and delta. `given` are the statistics, the results, and
+the `Mask`, `Shape` and `Scores` of the call.
 """
 
 import math
