@@ -262,6 +262,10 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
             return (
                 f"a block keeps dK and dV of at most {_MOST_COLUMNS} columns, there are {columns}"
             )
+        kept = self.accumulators_per_thread(traits)
+        most = self.registers_of(traits)[1] - _OTHER_REGISTERS
+        if self.persistent and kept > most:
+            return f"keeps {kept} accumulators a thread, at most {most} leave room for places"
         return super().misfit(traits)
 
     def tiles(self, traits: Traits) -> dict[str, int]:

@@ -12,6 +12,8 @@ import pytest
 import numflash
 from numflash.calls import ready
 from numflash.calls.backward import Backward
+from numflash.configs import Traits
+from numflash.configs.wgmma_backward import Sm90BackwardConfig
 from numflash.problem.options import AttentionOptions, GradientOptions
 from numflash.runtime import driver
 from numflash.runtime.views import fresh
@@ -109,13 +111,26 @@ def test_no_more_blocks_begin_than_run_at_once(num_sms, hopper):
     assert launcher._num_blocks == min(num_sms, 10)
 
 
+def test_where_blocks_have_no_room_for_places_they_are_refused():
+    with pytest.raises(ValueError, match="160 registers, one too few"):
+        Sm90BackwardConfig.parse("sm90-m64n192w12s2-persistent")
+    config, bent = Sm90BackwardConfig.parse("sm90-m64n128w8s2-persistent"), ("softcap",)
+    assert config.misfit(Traits("bfloat16", 128, 128)) is None
+    assert "leave room for places" in config.misfit(Traits("bfloat16", 128, 128, bent))
+    assert config.misfit(Traits("bfloat16", 64, 64, bent)) is None
+    reduction = config.reduction()
+    assert str(reduction) == "sm90-m64n128w8s2"
+    with pytest.raises(ValueError, match="converts one tile"):
+        replace(reduction, persistent=True)
+
+
 PROBLEM = GradientProblem(
-    {"backward": "sm90-m64n64w4s2-persistent"}, (70, 260, 1, 32), {"causal": True}, SEEDS, 2
+    {"backward": "sm90-m64n64w4s2-persistent"}, (40, 250, 1, 32), {}, SEEDS, 2
 )
-# With one buffer of dQ, and places without queries between others.
+# Places without queries between others.
 UNSEEN = replace(
     PROBLEM,
-    shape=(70, 330, 2, 32),
+    shape=(40, 330, 1, 32),
     options={"window_size": (20, 30), "causal_align": "top_left"},
 )
 PROBLEMS = {"places": PROBLEM, "unseen": UNSEEN}
@@ -141,7 +156,7 @@ backward  places  stages begin anew in each place
     return (number, stage, parity), drawn, turn -> return (i32(0), i32(0), u32(0)), drawn, turn
 """  # noqa: E501
 # What is not here of `backward` is in `test_broken_hopper_fused`. Without PLACES.gather a lane may
-# miss a number: in the simulator none falls so far behind, since its lanes are apart only at waits.
+# miss a number: in the simulator none falls so far behind, where lanes are apart only at waits.
 _EVENTS = {
     "places": r"PLACES\.(claim|wait|release)|mbarrier_arrive",
     "backward": r"places\.give_back\w*|OWNED\.\w+",
