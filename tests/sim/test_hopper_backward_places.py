@@ -148,8 +148,8 @@ places  places  phases that never change
     turn = u32(turn ^ u32(1)) -> turn = u32(turn)
 places  unseen  the turn is not handed on
     st_shared_u32(smem, turn_at, turn) -> st_shared_u32(smem, turn_at, u32(0))
-places  places  those that assist give back for nobody
-    others, groups = config.assisting_threads // 32 + 1, -> others, groups = 1,
+places  places  one more is to give back
+    others, groups = config.assisting_threads // 32 + 1, -> others, groups = config.assisting_threads // 32 + 2,
 queries  unseen  a place without queries has no phase
     OWNED.expect(barriers, 0, owned_bytes if num_steps > 0 else u32(0)) -> OWNED.expect(barriers, 0, owned_bytes)
 backward  places  stages begin anew in each place
