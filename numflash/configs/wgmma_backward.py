@@ -19,7 +19,8 @@ from numflash.runtime.devices import ARCHITECTURES, Architecture
 # Registers a thread of the warpgroup that copies, and of those that multiply, by how many these
 # are: the most that 64 Ki registers allow.
 _REGISTERS = {1: (56, 256), 2: (24, 240), 3: (32, 160)}
-_REGISTERS_TO_LOOK_UP = 40, 232
+# Of warps that look up lists, or places; and of those that look up lists of blocks for places.
+_REGISTERS_TO_LOOK_UP = (40, 232), (56, 224)
 _PRODUCER_THREADS = 128
 _WORD_BYTES, _BARRIER_WORDS, _ELEMENT_BYTES = 4, 2, 2
 _MOST_SMEM = ARCHITECTURES["sm_90a"].max_smem_per_block
@@ -73,9 +74,10 @@ class _OnWarpgroups:
 
     def registers_of(self, traits: Traits) -> tuple[int, int]:
         """`registers`; warps that copy want more where they look up lists, or places."""
-        looks_up = bool(traits.blocks) or traits.ragged or getattr(self, "persistent", False)
+        draws = getattr(self, "persistent", False)
+        looks_up = bool(traits.blocks) or traits.ragged or draws
         if looks_up and self.assisting_threads and self.num_warpgroups == 2:
-            return _REGISTERS_TO_LOOK_UP
+            return _REGISTERS_TO_LOOK_UP[bool(traits.blocks) and draws]
         return self.registers
 
     @property
@@ -262,6 +264,10 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
             return (
                 f"a block keeps dK and dV of at most {_MOST_COLUMNS} columns, there are {columns}"
             )
+        kept = self.accumulators_per_thread(traits)
+        most = self.registers_of(traits)[1] - _OTHER_REGISTERS
+        if self.persistent and kept > most:
+            return f"keeps {kept} accumulators a thread, at most {most} leave room for places"
         return super().misfit(traits)
 
     def tiles(self, traits: Traits) -> dict[str, int]:

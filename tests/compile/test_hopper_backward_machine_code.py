@@ -6,11 +6,12 @@ compiles every candidate, in both dtypes.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from numflash.configs import Traits
-from numflash.configs.wgmma_backward import candidates, misfit
+from numflash.configs.wgmma_backward import Sm90BackwardConfig, candidates, misfit
 from numflash.machine_code.compiler import get_cubin
 from numflash.machine_code.main_loop import read_main_loops
 from numflash.machine_code.report import inspect_kernel
@@ -158,3 +159,24 @@ def test_features_spill_nothing(family, head_dim, more):
     report = inspect_kernel(choice.config, choice.traits, HOPPER)
     assert report.faults == ()
     expect_that_registers_fit(report, choice.config, choice.traits)
+
+
+PLACES = (
+    (128, {}),
+    (64, {}),
+    (96, {}),
+    (128, {"ragged": True}),
+    (128, {"blocks": (128, 128)}),
+    (64, {"features": ("softcap",)}),
+)
+
+
+@pytest.mark.parametrize(("head_dim", "more"), some(PLACES, PLACES[0]), ids=str)
+def test_places_that_blocks_draw_cost_the_main_loop_next_to_nothing(head_dim, more):
+    traits = Traits("bfloat16", head_dim, head_dim, **more)
+    own = Sm90BackwardConfig.parse("sm90-m64n128w8s2")
+    drawn = replace(own, persistent=True)
+    report = inspect_kernel(drawn, traits, HOPPER)
+    assert report.faults == ()
+    expect_that_registers_fit(report, drawn, traits)
+    assert report.main_loop.issued <= inspect_kernel(own, traits, HOPPER).main_loop.issued + 4

@@ -48,7 +48,11 @@ PROBLEMS = {
 # Calls that results do not need, as far as the simulator can tell: (function, called, n).
 NOT_NEEDED = {
     ("_make_tile.tile", "wait_for_dv", 0): "only dO is given back between it and wait_for_dk",
-    ("_make_add_dq.add_dq", "mbarrier_arrive", 0): "of sequences that have the same queries",
+    (
+        "_make_add_dq.add_dq_of_place",
+        "mbarrier_arrive",
+        0,
+    ): "of sequences that have the same queries",
 }
 _SYNCHRONISATION = (
     r"((OWNED|Q|DO|ROWS|DQ)\.)?(claim|expect|filled|wait|release)|wait_for_\w+|fence_\w+"
@@ -104,7 +108,7 @@ def faults_of_events() -> list:
 
 IDEAS = """
 backward  turns  a turn is not taken
-    while ld_acquire_gpu_u32(turns, i64(at)) != rank: -> while False:
+    while ld_acquire_gpu_u32(turns, i64(at) + 1) != rank: -> while False:
 backward  turns  the turn of another tile is passed on
     st_release_gpu_u32(turns, i64(at) -> st_release_gpu_u32(turns, i64(at // 2)
 backward  turns  nobody stores first

@@ -37,9 +37,9 @@ A block has one tile of keys, or with `-persistent` draws one after another (`pl
 the next K, V, Q and dO while it stores dK and dV.
 
 No wait is part of a circle. `add_dq` waits for dQ of its own block, and for the turns of blocks
-that began before it, or of places that were drawn before. Warpgroups wait until `add_dq` has read the tile before, or with two buffers
-of dQ the one before that. The warps that fetch wait only for warpgroups, and who
-draws also until `add_dq` is through with the places before the last.
+that began before it, or of places that were drawn before. Warpgroups wait until `add_dq` has read
+the tile before, or with two buffers of dQ the one before that. The warps that fetch wait only for
+warpgroups; who draws the next place waits until `add_dq` is at this one.
 
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2; FlashAttention-3, arXiv 2407.08608.
 """
