@@ -24,14 +24,17 @@ run: $(VENV)/run.done
 	@$(BIN)/numflash-tune $(TUNE)
 	@$(SIMULATE) $(BIN)/python examples/real_activations.py
 
+# Both processes run, also where the first one fails: one run shows all failures.
 test: $(VENV)/test.done lint
-	@NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal \
-		tests/host tests/sim tests/executed tests/frontends
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal \
+	@failed=0; \
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal \
+		tests/host tests/sim tests/executed tests/frontends || failed=1; \
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal \
 		tests/host/numflash/bad_input tests/host/numflash/test_*_stubbed.py \
 		tests/host/numflash/test_tensor_map*.py tests/host/numflash/test_memory.py \
 		tests/host/numflash/test_stream_order.py tests/host/bench/test_one_kernel.py \
-		tests/compile tests/gpu
+		tests/compile tests/gpu || failed=1; \
+	exit $$failed
 
 lint: $(VENV)/test.done
 	@$(BIN)/ruff check .

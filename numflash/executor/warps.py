@@ -222,13 +222,19 @@ class Warp:
         if space == "global" and self.block.writes:
             self.tell(access, address, size * count, mask)
         if space.startswith("shared") and self.program.follows_stores:
-            words, n_words = self.block.words, max(1, size * count // 4)
-            offset = address - self.block.window
-            for lane in lanes:
-                # Stores to another block's memory are not followed.
-                if 0 <= offset[lane] < RANK_BYTES:
-                    store = words, int(offset[lane]) // 4, n_words, self.block.fences
-                    self.threads[lane].stores.append(store)
+            self._tell_proxy(address, size * count, lanes)
+
+    def _tell_proxy(self, address, n_bytes: int, lanes) -> None:
+        """Let the asynchronous proxy of each block know of the bytes stored to its memory."""
+        block, n_words = self.block, max(1, n_bytes // 4)
+        for lane in lanes.tolist():
+            rank, offset = divmod(int(address[lane]), RANK_BYTES)
+            if rank == block.rank:
+                store = block.words, offset // 4, n_words, block.fences
+                self.threads[lane].stores.append(store)
+            else:
+                proxy = block.cluster.blocks[rank].part(AsyncProxy)
+                proxy.store_from_outside(offset // 4, n_words)
 
     def tell(self, access: str, address, n_bytes: int, mask) -> None:
         """Let the launch know what lanes do to global memory, unless it is "none" of its ways."""

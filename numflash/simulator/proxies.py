@@ -15,6 +15,11 @@ store precedes an access through another proxy where a fence of that proxy stand
 them in base causality order, "proxy fence for dst" in `proxy_preserved_cause_base`, if only it is
 executed in the thread block of the access. CUTLASS fences in the writers, Triton in the readers.
 
+That last condition leaves one side for what a thread of another block of the cluster has stored:
+its own fence is in the wrong thread block ("the proxy fence must also be inserted in the same CTA
+where the non-generic access is taking place", section 5.4), and the reader must execute one, after
+the cluster's barrier. Only the executor runs such stores: `ptx/` has no instruction of them.
+
 Whether a barrier stands between the store and a reader's fence is not followed. Where it is
 missing, some order of threads has the store come after the fence, and that is found.
 """
@@ -27,7 +32,7 @@ from numflash.simulator.engine import Thread, current_thread
 from numflash.simulator.errors import SimulationError
 from numflash.simulator.parts import Part
 
-_CLEAN, _ARRIVING = 0, 0xFFFF
+_CLEAN, _ARRIVING, _FROM_OUTSIDE = 0, 0xFFFF, 0xFFFE
 
 
 class AsyncProxy(Part):
@@ -35,8 +40,8 @@ class AsyncProxy(Part):
 
     def __init__(self, block):
         super().__init__(block)
-        # Clean, the destination of a copy under way, or 1 + the thread whose store is not fenced;
-        # and how many fences there had been in the block when it was stored.
+        # Clean, the destination of a copy under way, stored by another block, or 1 + the thread
+        # whose store is not fenced; and how many fences there had been in the block by then.
         self._words = np.zeros(block.shared.bytes.size // 4, np.uint16)
         self._times = np.zeros(self._words.size, np.int64)
         self._unfenced: dict[int, list[slice]] = {}
@@ -101,11 +106,27 @@ class AsyncProxy(Part):
         unseen = (states != _CLEAN) & (self._times.reshape(-1, 4)[chunks] >= seen)
         if not unseen.any():
             return
+        if (states[unseen] == _FROM_OUTSIDE).any():
+            raise SimulationError(
+                f"{what} touches what another block of the cluster stored to shared memory "
+                "without a fence_proxy_async of its own after the barrier: one of the other block "
+                "counts for nothing here"
+            )
         writer = int(states[unseen].flat[0]) - 1
         raise SimulationError(
             f"{what} touches what thread {writer} stored to shared memory without a "
             "fence_proxy_async of that thread after it, or of its own after the barrier"
         )
+
+    def store_from_outside(self, first: int, n_words: int) -> None:
+        """A thread of another block of the cluster has stored these words.
+
+        Raises SimulationError where a copy to them is under way.
+        """
+        self._look_at_stores()
+        words = slice(first, first + n_words)
+        self._refuse_arriving("a thread of another block", words)
+        self._words[words], self._times[words] = _FROM_OUTSIDE, self.block.fences
 
     def _look_at_stores(self) -> None:
         address = self.block.shared.address
@@ -116,12 +137,15 @@ class AsyncProxy(Part):
             for array, first, n_words, fences in thread.stores:
                 word = address(array, first) // 4
                 ranges.append(slice(word, word + n_words))
-                if (self._words[ranges[-1]] == _ARRIVING).any():
-                    raise SimulationError(
-                        f"thread {thread.index} stored to shared address {4 * word:#x} while a "
-                        "bulk copy was under way to it"
-                    )
+                self._refuse_arriving(f"thread {thread.index}", ranges[-1])
                 self._words[ranges[-1]] = thread.index + 1
                 times = self._times[ranges[-1]]
                 np.maximum(times, fences, out=times)
             thread.stores.clear()
+
+    def _refuse_arriving(self, who: str, words: slice) -> None:
+        if (self._words[words] == _ARRIVING).any():
+            raise SimulationError(
+                f"{who} stored to shared address {4 * words.start:#x} while a bulk copy was under "
+                "way to it"
+            )

@@ -44,6 +44,27 @@ def test_host_tests_that_need_the_simulator_off_are_run_without_it():
     assert [x for x in off if not run & {x, *x.parents}] == []
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("fails", ["first", "second", "neither"])
+def test_both_processes_run_and_either_fails_the_command(tmp_path, fails):
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\nn=first; [ "$NUMBA_ENABLE_CUDASIM" ] || n=second\n'
+        f'echo "ran $n"; [ $n != {fails} ]\n'
+    )
+    python.chmod(0o700)
+    (tmp_path / "ruff").symlink_to("/bin/true")
+    done = subprocess.run(
+        ["make", "-s", "-o", ".venv/test.done", "test", f"BIN={tmp_path}"],
+        env={k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stdout.split("\n")[:2] == ["ran first", "ran second"], done
+    assert (done.returncode == 0) == (fails == "neither")
+
+
 def test_garbage_is_collected_but_not_looked_for_among_what_pytest_collected():
     assert gc.isenabled() and gc.get_freeze_count() > 10_000
 
