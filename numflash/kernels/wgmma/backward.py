@@ -29,7 +29,7 @@ The main loop in machine code, a warpgroup and a tile (bfloat16, head_dim 128, 6
     182 others           descriptors of products most of all; 394 in all
 
 At head_dim 64, in tiles of 64 x 192, the warpgroup with dQ issues 377 for 896 clocks, each of the
-other two 294 for 512.
+other two 296 for 512.
 
 Tiles may be those of lists: of sequences with lengths of their own, or of a block mask.
 
