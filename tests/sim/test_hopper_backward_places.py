@@ -134,7 +134,7 @@ UNSEEN = replace(
     options={"window_size": (20, 30), "causal_align": "top_left"},
 )
 PROBLEMS = {"places": PROBLEM, "unseen": UNSEEN}
-CHAIN = "channels", "gradient_ring", "places", "queries", "backward"
+CHAIN = "channels", "gradient_ring", "places", "add_dq", "queries", "backward"
 IDEAS = """
 places  places  the same place twice
     number = atom_inc_gpu_u32(turns, i64(0), u32(places + u32(mov_nctaid_x()) - u32(1))) -> number = u32(turn)
@@ -159,6 +159,7 @@ backward  places  stages begin anew in each place
 # miss a number: in the simulator none falls so far behind, where lanes are apart only at waits.
 _EVENTS = {
     "places": r"PLACES\.(claim|wait|release)|mbarrier_arrive",
+    "add_dq": r"places\.give_back\w*",
     "backward": r"places\.give_back\w*|OWNED\.\w+",
 }
 

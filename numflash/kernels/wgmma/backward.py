@@ -7,7 +7,7 @@ columns (with tile_m 64, where each gets whole slabs of head_dim), or by its que
 Where neither is possible the first warpgroup computes all of dQ, in a loop of its own.
 
 dQ is a sum over all blocks of keys, in float32 in global memory. A warpgroup leaves its part in
-shared memory, in the order of its registers. One thread, `add_dq`, adds the tile by a bulk
+shared memory, in the order of its registers. One thread (`add_dq`) adds the tile by a bulk
 reduction when it is the block's turn (`tiles.wgmma.turns_of_blocks`). The first block of a tile
 stores it instead, so the sums need not be zero before. Sums have the same bits in every run.
 `reduce_dq` makes dQ of them.
@@ -29,7 +29,7 @@ The main loop in machine code, a warpgroup and a tile (bfloat16, head_dim 128, 6
     182 others           descriptors of products most of all; 394 in all
 
 At head_dim 64, in tiles of 64 x 192, the warpgroup with dQ issues 377 for 896 clocks, each of the
-other two 294 for 512.
+other two 296 for 512.
 
 Tiles may be those of lists: of sequences with lengths of their own, or of a block mask.
 
@@ -47,7 +47,6 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2; FlashAttention-3, arXiv
 from numflash.configs import WARPGROUP_ROWS, Traits
 from numflash.configs.wgmma_backward import Sm90BackwardConfig
 from numflash.kernels.arguments import (
-    BlockMask,
     Pointer,
     Statistics,
     Tensor,
@@ -57,6 +56,7 @@ from numflash.kernels.arguments import (
 )
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.mma.queries import make_steps_of_heads
+from numflash.kernels.wgmma.add_dq import make_add_dq, make_dq_buffer
 from numflash.kernels.wgmma.channels import make_channel
 from numflash.kernels.wgmma.gradient_ring import (
     channels_of,
@@ -66,34 +66,12 @@ from numflash.kernels.wgmma.gradient_ring import (
 )
 from numflash.kernels.wgmma.places import make_drawn_places, make_each, make_own_places
 from numflash.kernels.wgmma.queries import make_assist, make_finish, make_produce, make_walk_of
-from numflash.ptx import (
-    TensorMap,
-    cuda,
-    device_function,
-    f32,
-    i32,
-    i64,
-    mov_tid_x,
-    u32,
-)
+from numflash.ptx import TensorMap, cuda, device_function, f32, i32, mov_tid_x, u32
 from numflash.ptx.barriers import bar_sync
-from numflash.ptx.between_blocks import (
-    fence_proxy_async_global,
-    ld_acquire_gpu_u32,
-    st_release_gpu_u32,
-)
-from numflash.ptx.bulk_copies import cp_async_bulk_commit_group, cp_async_bulk_wait_group_read
-from numflash.ptx.bulk_rows import (
-    cp_async_bulk_store,
-    cp_async_bulk_wait_group,
-    cp_reduce_async_bulk_add_f32,
-)
-from numflash.ptx.mbarriers import mbarrier_arrive
 from numflash.ptx.memory import mov_shared_address, st_shared_v4_f32
 from numflash.ptx.warpgroups import fence_proxy_async
 from numflash.ptx.wgmma import make_wgmma_wait_group
 from numflash.tiles import features, steps
-from numflash.tiles.division import quotient
 from numflash.tiles.mma.elements import MMA_ELEMENTS
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_row
 from numflash.tiles.portable.softmax import LOG2_E
@@ -121,14 +99,7 @@ from numflash.tiles.wgmma.scores import (
 )
 from numflash.tiles.wgmma.transposition import make_place_in_slabs, make_store_transposed
 from numflash.tiles.wgmma.turns import WARPGROUP, group_of_thread
-from numflash.tiles.wgmma.turns_of_blocks import (
-    make_adds_last,
-    make_has_place,
-    make_place_of_last_keys,
-    make_places_of,
-    make_rank_of,
-    place_of_tile,
-)
+from numflash.tiles.wgmma.turns_of_blocks import make_place_of_last_keys
 
 # The named barrier at which all warpgroups meet when dS of a tile is complete.
 _COMPLETE = 1
@@ -149,7 +120,7 @@ def make_backward_kernel(config: Sm90BackwardConfig, traits: Traits) -> Kernel:
         make_produce(config, traits, *of_walk),
         make_assist(config, traits, *of_walk),
         _make_consume(config, traits, channels, walk_of, places),
-        _make_add_dq(config, traits, channels, walk_of, places),
+        make_add_dq(config, traits, channels[4], walk_of, places),
         registers=config.registers_of(traits),
     )
 
@@ -187,103 +158,6 @@ def _channels_of(config: Sm90BackwardConfig, traits: Traits):
 def _end_of(channel) -> int:
     """The first mbarrier behind those of a channel, whose buffers are as many as `empty` says."""
     return 2 * channel.empty - channel.full
-
-
-def _make_mask_of_queries(traits: Traits):
-    """mask_of_queries(mask): the mask by which tiles of queries list keys."""
-
-    @device_function
-    def mask_itself(mask):
-        return mask
-
-    @device_function
-    def mask_of_queries(mask):
-        return BlockMask(mask.lo, mask.hi, mask.lists_of_queries)
-
-    return mask_of_queries if traits.blocks else mask_itself
-
-
-def _make_dq_buffer(buffers: int):
-    """dq_buffer(number): the buffer of dQ of a block's tile `number`, and its phase's parity."""
-
-    @device_function
-    def dq_buffer(number):
-        if buffers == 1:
-            return i32(0), u32(number & 1)
-        return i32(number & 1), u32(number >> 1 & 1)
-
-    return dq_buffer
-
-
-def _make_add_dq(config: Sm90BackwardConfig, traits: Traits, channels, walk_of, places):
-    """add_dq(smem, barriers, given): one thread adds dQ of each tile in global memory, in turn."""
-    DQ, tile_m = channels[4], config.tile_m
-    words, dq_smem = tile_m * traits.head_dim, config.smem_offsets(traits)["dq"]
-    n_bytes = u32(4 * words)
-    dq_buffer = _make_dq_buffer(config.dq_buffers(traits))
-    tile_n = config.tile_n
-    rank_of, adds_last = (make(tile_m, tile_n, traits) for make in (make_rank_of, make_adds_last))
-    places_of, has_place = make_places_of(tile_m, traits), make_has_place(traits)
-    mask_of_queries = _make_mask_of_queries(traits)
-    tile_at = steps.make_tile_at(traits, tile_m, by_keys=True)
-    count_steps, first_step, next_step = make_steps_of_heads(traits, tile_m)
-
-    @device_function
-    def add_in_turn(smem, barriers, sums, at, source, rank, buffer, added):
-        dq_sums, turns = sums
-        # Hazard: sums in another order are not the same bits.
-        while ld_acquire_gpu_u32(turns, i64(at) + 1) != rank:
-            pass
-        # Hazard: the copy would not see what the block before has added.
-        fence_proxy_async_global()
-        if rank == u32(0):
-            cp_async_bulk_store(dq_sums, i64(at) * words, smem, source, n_bytes)
-        else:
-            cp_reduce_async_bulk_add_f32(dq_sums, i64(at) * words, smem, source, n_bytes)
-        # Hazard: the two waits below would not wait for this copy.
-        cp_async_bulk_commit_group()
-        # Hazard: the next dQ would overwrite this one while it is read.
-        cp_async_bulk_wait_group_read()
-        mbarrier_arrive(barriers, DQ.empty + buffer)
-        turn = u32(0) if adds_last(*added) else u32(rank + u32(1))
-        # Hazard: the next block would add before this sum is in memory.
-        cp_async_bulk_wait_group()
-        st_release_gpu_u32(turns, i64(at) + 1, turn)
-
-    @device_function
-    def add_dq_of_place(smem, barriers, given, drawn, turn, number):
-        _, (_, _, dq_sums, turns), mask, shape, _ = given
-        by_queries = mask_of_queries(mask)
-        # The place before may be stored long before its last dQ has its turn.
-        places.give_back_alone(barriers)
-        place, sequence, walk = walk_of(drawn, mask, shape)
-        block, tiles = quotient(place.start, tile_n), places_of(place.batch, shape)
-        step, head, end = first_step(walk)
-        after = i32(number + count_steps(walk))
-        while number < after:
-            buffer, parity = dq_buffer(number)
-            source = i32(dq_smem + buffer * words)
-            tile, _ = tile_at(mask, step)
-            added = block, tile, head, place.batch, sequence, by_queries
-            rank = rank_of(*added)
-            at = place_of_tile(tile, head, tiles)
-            # Hazard: warpgroups may not have written this dQ yet.
-            DQ.wait(barriers, buffer, parity)
-            if has_place(tile, tiles):
-                add_in_turn(smem, barriers, (dq_sums, turns), at, source, rank, buffer, added)
-            else:
-                mbarrier_arrive(barriers, DQ.empty + buffer)
-            step, head, end = next_step(walk, step, head, end)
-            number = i32(number + 1)
-        return number, turn
-
-    add_dq_of_places = make_each(places, add_dq_of_place)
-
-    @device_function
-    def add_dq(smem, barriers, given):
-        add_dq_of_places(smem, barriers, given, i32(0))
-
-    return add_dq
 
 
 def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of, places):
@@ -395,7 +269,7 @@ def _make_leave_dq(config: Sm90BackwardConfig, traits: Traits, channels):
     """leave_dq(dq_acc, smem, barriers, number): write dQ of a tile to a buffer, for `add_dq`."""
     DQ, words, n_dq = channels[4], config.tile_m * traits.head_dim, config.dq_columns(traits) // 2
     dq_smem, part = config.smem_offsets(traits)["dq"], WARPGROUP * n_dq
-    dq_buffer = _make_dq_buffer(config.dq_buffers(traits))
+    dq_buffer = make_dq_buffer(config.dq_buffers(traits))
 
     @device_function
     def store_step(step, dq_acc, smem, first):
