@@ -56,6 +56,7 @@ from numflash.selection.geometry import (
     blocks_at_once,
     blocks_of,
     heads_of_backward,
+    resident_blocks,
     tiles_listed,
 )
 from numflash.selection.rules import Choice
@@ -288,9 +289,8 @@ class Backward:
             blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
         if getattr(config, "persistent", False):
             machine = machine_of(self.device)
-            blocks = min(
-                blocks, blocks_at_once(config, choice.traits, machine.limits, machine.num_sms)
-            )
+            room = resident_blocks(config, choice.traits, machine.limits)
+            blocks = min(blocks, blocks_at_once(config, machine.num_sms, room))
         part = tiles * config.tile_m * choice.traits.head_dim
         if in_turn:
             # Blocks add to the same sums.

@@ -285,8 +285,7 @@ def _lay(choice: Choice, problem: AttentionProblem, machine: Machine) -> Geometr
         listed = tiles_listed(problem, config, pack, blocks=slots)
         blocks = blocks_of(problem, config, heads, pack, listed=listed)
     if getattr(config, "persistent", False):
-        at_once = blocks_at_once(config, choice.traits, machine.limits, machine.num_sms)
-        blocks = min(blocks, at_once)
+        blocks = min(blocks, blocks_at_once(config, machine.num_sms, room))
     return Geometry(pack, num_splits, min(in_flight, max(1, all_heads)), blocks, listed)
 
 
