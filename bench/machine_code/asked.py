@@ -32,10 +32,10 @@ PROGRAMS = {
 """The caller's functions by name: bias[b, h, i, j] and bias[b, h, 0, j] of float16, a table of
 distances and a gate of heads in float32, and the masks and the score of `numflash.masks`."""
 BLOCKS = (128, 128)
-_GRADIENTS = ("backward-dq", "backward-dkdv")
+_GRADIENTS = ("backward-dq", "backward-dkdv", "backward")
 
 ROWS: tuple[tuple[tuple[str, ...], dict], ...] = (
-    (("forward", *_GRADIENTS, "backward"), {"program": PROGRAMS["bias"]}),
+    (("forward", *_GRADIENTS), {"program": PROGRAMS["bias"]}),
     (("forward",), {"program": PROGRAMS["table"]}),
     (("forward",), {"program": PROGRAMS["document"]}),
     (("backward-dkdv",), {"program": PROGRAMS["soft cap"]}),

@@ -186,6 +186,8 @@ def _variants() -> _Found:
     for dtype, features, archs in _VARIANTS:
         for family, arch in itertools.product(_ATTENTION, archs):
             yield from _chosen(family, Traits(dtype, 64, 64, **features), arch)
+    for family, head_dim in itertools.product(_ATTENTION, (96, 192)):
+        yield from _chosen(family, Traits("bfloat16", head_dim, head_dim), "sm_90a")
     traits = Traits("float16", 128, 128)
     for arch in MAIN_ARCHS:
         for config, fitting, _ in _chosen("forward", traits, arch):

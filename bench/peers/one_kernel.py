@@ -26,6 +26,7 @@ from numflash.kernels.kernel import Kernel
 
 CHANGES = ("one-buffer", "at-end", "shifted")
 _KERNEL, _QUERIES = "numflash.kernels.wgmma.backward", "numflash.kernels.wgmma.queries"
+_ADD_DQ = "numflash.kernels.wgmma.add_dq"
 _AT_END = (
     (
         "        if leaves_dq:\n            leave_dq(dq_acc, smem, barriers, i32(number - 1))\n",
@@ -35,7 +36,7 @@ _AT_END = (
         "            wait_for_dq(dq_acc)\n",
         "            wait_for_dq(dq_acc)\n            leave_dq(dq_acc, smem, barriers, number)\n",
     ),
-    ("                leave_dq(dq_acc, smem, barriers, i32(num_steps - 1))\n", ""),
+    ("            leave_dq(dq_acc, smem, barriers, i32(after - 1))\n", ""),
 )
 """(text in the kernel's module, what stands for it): dQ of a tile is left in the tile itself."""
 
@@ -210,11 +211,16 @@ def _shifted(start: Start, config: Sm90BackwardConfig) -> ModuleType:
         return count_steps, first_step, next_step
 
     queries = _executed(_QUERIES, make_steps_of_heads=make_steps_of_heads)
+    add_dq = _executed(
+        _ADD_DQ,
+        make_steps_of_heads=make_steps_of_heads,
+        make_rank_of=lambda *of_tiles: rank_of,
+        make_adds_last=lambda *of_tiles: adds_last,
+    )
     return _executed(
         _KERNEL,
         make_steps_of_heads=make_steps_of_heads,
         make_produce=queries.make_produce,
         make_assist=queries.make_assist,
-        make_rank_of=lambda *of_tiles: rank_of,
-        make_adds_last=lambda *of_tiles: adds_last,
+        make_add_dq=add_dq.make_add_dq,
     )

@@ -52,7 +52,13 @@ from numflash.runtime.driver import machine_of
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView, Operand, fresh
 from numflash.selection.choice import FUSED, Purpose, select
-from numflash.selection.geometry import blocks_of, heads_of_backward, tiles_listed
+from numflash.selection.geometry import (
+    blocks_at_once,
+    blocks_of,
+    heads_of_backward,
+    resident_blocks,
+    tiles_listed,
+)
 from numflash.selection.rules import Choice
 
 _OPERANDS = ("q", "k", "v")
@@ -281,11 +287,16 @@ class Backward:
             blocks = problem.num_blocks(problem.seqlen_k, problem.num_heads_kv, config.tile_n)
         elif problem.seqlen_k:
             blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
+        if getattr(config, "persistent", False):
+            machine = machine_of(self.device)
+            room = resident_blocks(config, choice.traits, machine.limits)
+            blocks = min(blocks, blocks_at_once(config, machine.num_sms, room))
         part = tiles * config.tile_m * choice.traits.head_dim
         if in_turn:
             # Blocks add to the same sums.
             self._workspaces["dq_sums"] = Allocated((part,), "float32")
-            self._workspaces["turns"] = Allocated((tiles,), "int32")
+            # And the number of places that blocks have drawn.
+            self._workspaces["turns"] = Allocated((1 + tiles,), "int32")
             self._cleared.append("turns")
         else:
             self._workspaces["dq_parts"] = Allocated((config.num_splits * part,), "float32")

@@ -1,7 +1,8 @@
 """Configs of the backward for Hopper, through `wgmma` and bulk copies.
 
 Their string form: `sm90-m64n128w8s2`, which is tile_m, tile_n, the warps that multiply and stages.
-Appended is `-roles` where of two warpgroups one owns dV and the other dK.
+Appended is `-roles` where of two warpgroups one owns dV and the other dK, and in the one kernel
+for all three gradients `-persistent` where blocks take one place after another.
 """
 
 from dataclasses import dataclass, fields
@@ -18,7 +19,8 @@ from numflash.runtime.devices import ARCHITECTURES, Architecture
 # Registers a thread of the warpgroup that copies, and of those that multiply, by how many these
 # are: the most that 64 Ki registers allow.
 _REGISTERS = {1: (56, 256), 2: (24, 240), 3: (32, 160)}
-_REGISTERS_WITH_LISTS = 40, 232
+# Of warps that look up lists, or places; and of those that look up lists of blocks for places.
+_REGISTERS_TO_LOOK_UP = (40, 232), (56, 224)
 _PRODUCER_THREADS = 128
 _WORD_BYTES, _BARRIER_WORDS, _ELEMENT_BYTES = 4, 2, 2
 _MOST_SMEM = ARCHITECTURES["sm_90a"].max_smem_per_block
@@ -71,10 +73,11 @@ class _OnWarpgroups:
         return _REGISTERS[self.num_warpgroups]
 
     def registers_of(self, traits: Traits) -> tuple[int, int]:
-        """`registers`; warps that fetch statistics want more where blocks or tiles are listed."""
-        is_listed = bool(traits.blocks) or traits.ragged
-        if is_listed and self.assisting_threads and self.num_warpgroups == 2:
-            return _REGISTERS_WITH_LISTS
+        """`registers`; warps that copy want more where they look up lists, or places."""
+        draws = getattr(self, "persistent", False)
+        looks_up = bool(traits.blocks) or traits.ragged or draws
+        if looks_up and self.assisting_threads and self.num_warpgroups == 2:
+            return _REGISTERS_TO_LOOK_UP[bool(traits.blocks) and draws]
         return self.registers
 
     @property
@@ -202,7 +205,13 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
     """A block computes tile_n rows of dK and dV, 64 to a warpgroup, and adds its share to dQ.
 
     Q and dO come in tiles of tile_m: 64, or 64 for each warpgroup.
+
+    Attributes:
+        persistent: a block takes one tile of keys after another, and fetches the next while it
+            stores dK and dV of one.
     """
+
+    persistent: bool = switch("persistent", kw_only=True)
 
     family: ClassVar = "backward"
     _row_tile: ClassVar = "tile_n"
@@ -216,6 +225,11 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
             raise ValueError(
                 f"{type(self).__name__} {self}: tile_m must be {WARPGROUP_ROWS} or tile_n, "
                 f"products of dQ have {WARPGROUP_ROWS} rows of queries"
+            )
+        if self.persistent and self.num_warpgroups == 3:
+            raise ValueError(
+                f"{type(self).__name__} {self}: blocks take one place after another with 4 or 8 "
+                f"warps; with 12 a thread has {self.registers[1]} registers, one too few"
             )
 
     @property
@@ -250,6 +264,10 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
             return (
                 f"a block keeps dK and dV of at most {_MOST_COLUMNS} columns, there are {columns}"
             )
+        kept = self.accumulators_per_thread(traits)
+        most = self.registers_of(traits)[1] - _OTHER_REGISTERS
+        if self.persistent and kept > most:
+            return f"keeps {kept} accumulators a thread, at most {most} leave room for places"
         return super().misfit(traits)
 
     def tiles(self, traits: Traits) -> dict[str, int]:
@@ -258,6 +276,7 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
 
     def _tiles(self, traits: Traits, dq_buffers: int) -> dict[str, int]:
         stages = self.num_stages
+        buffers = dq_buffers + self.persistent
         return {
             "k": self._words(self.tile_n, traits.head_dim),
             "v": self._words(self.tile_n, traits.head_dim_v),
@@ -269,12 +288,16 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
             "dq": dq_buffers * self.tile_m * traits.head_dim,
             "lse": stages * self.tile_m,
             "delta": stages * self.tile_m,
-            "barriers": self._barriers(channels=3) + 2 * _BARRIER_WORDS * dq_buffers,
+            # The number of the place, and its turn.
+            **({"places": 2} if self.persistent else {}),
+            "barriers": self._barriers(channels=3) + 2 * _BARRIER_WORDS * buffers,
         }
 
     def reduction(self) -> "Sm90ReduceDqConfig":
         """The config of the kernel that makes dQ of the sums."""
-        return Sm90ReduceDqConfig(**{each.name: getattr(self, each.name) for each in fields(self)})
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        # It adds nothing up, and has no places to take one after another.
+        return Sm90ReduceDqConfig(**given | {"persistent": False})
 
 
 @dataclass(frozen=True)
@@ -282,6 +305,11 @@ class Sm90ReduceDqConfig(Sm90BackwardConfig):
     """A block converts tile_m rows of dQ from the sums of a `Sm90BackwardConfig`."""
 
     family: ClassVar = "reduce-dq"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.persistent:
+            raise ValueError(f"{type(self).__name__} {self}: a block converts one tile")
 
     @property
     def num_threads(self) -> int:

@@ -41,6 +41,7 @@ from numflash.ptx.async_copies import (
 )
 from numflash.ptx.barriers import bar_arrive, bar_sync
 from numflash.ptx.between_blocks import (
+    atom_inc_gpu_u32,
     fence_proxy_async_global,
     ld_acquire_gpu_u32,
     st_release_gpu_u32,
@@ -161,6 +162,7 @@ __all__ = [
     "Regs",
     "Shared",
     "TensorMap",
+    "atom_inc_gpu_u32",
     "bar_arrive",
     "bar_sync",
     "barrier_cluster_arrive",

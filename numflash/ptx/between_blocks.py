@@ -1,4 +1,4 @@
-"""What blocks say to each other through global memory. PTX ISA 9.7.9.8 (ld), 9.7.9.12 (st).
+"""What blocks say to each other through global memory.
 
 Who reads by an acquire what another has written by a release sees all that the other had done
 before (PTX ISA 8.8). Bulk copies have a way of their own to global memory: those of a thread that
@@ -39,6 +39,21 @@ def st_release_gpu_u32(target: Global(u32, "offset"), offset: i64, x: u32):
     block.part(BulkCopies).check_written("st_release_gpu_u32")
     block.patience.polls = 0
     target.release(offset, x)
+
+
+@instruction("atom.relaxed.gpu.global.inc.u32 <ret>, [<target>], <last>;", sm=75)
+def atom_inc_gpu_u32(target: Global(u32, "offset"), offset: i64, last: u32) -> u32:
+    """target[offset], which is one more afterwards, or 0 where it was `last` or more.
+
+    No two threads get the same number. It says nothing of what others have done before. PTX ISA
+    9.7.13.6.
+    """
+    thread = current_thread()
+    thread.block.patience.polls = 0
+    held = target.block(offset, 4, access="none").view(u32)
+    before = u32(held[0])
+    held[0] = 0 if before >= last else before + u32(1)
+    return before
 
 
 @instruction("fence.proxy.async.global;", sm=90)

@@ -23,13 +23,13 @@ from numflash.selection import autotune, capture, tuned
 from numflash.selection.entries import DeviceKey
 from numflash.selection.geometry import (
     Geometry,
+    blocks_at_once,
     blocks_of,
     heads_in_flight,
     heads_of_a_bundle,
     heads_packed,
     resident_blocks,
     rows_packed,
-    sms_of_persistent_kernels,
     tiles_listed,
     with_splits,
 )
@@ -285,8 +285,7 @@ def _lay(choice: Choice, problem: AttentionProblem, machine: Machine) -> Geometr
         listed = tiles_listed(problem, config, pack, blocks=slots)
         blocks = blocks_of(problem, config, heads, pack, listed=listed)
     if getattr(config, "persistent", False):
-        at_once = sms_of_persistent_kernels(machine.num_sms) * room
-        blocks = min(blocks, max(1, at_once // config.cluster) * config.cluster)
+        blocks = min(blocks, blocks_at_once(config, machine.num_sms, room))
     return Geometry(pack, num_splits, min(in_flight, max(1, all_heads)), blocks, listed)
 
 

@@ -106,6 +106,16 @@ def sms_of_persistent_kernels(num_sms: int) -> int:
     return max(1, num_sms - (whole_number("NUMFLASH_SPARE_SMS", at_least=0) or 0))
 
 
+def blocks_at_once(config: MmaConfig, num_sms: int, room: int) -> int:
+    """Blocks of a persistent kernel's grid where it has places for all: those that run at once.
+
+    They are a multiple of those of a cluster, and at least one cluster; an SM has `room` for so
+    many.
+    """
+    cluster = getattr(config, "cluster", 1)
+    return max(1, sms_of_persistent_kernels(num_sms) * room // cluster) * cluster
+
+
 def heads_of_a_bundle(config: MmaConfig, fits: int, heads: int, num_sms: int, sharing: int) -> int:
     """Heads whose blocks are interleaved in a forward, heads that are packed counted as one.
 

@@ -125,6 +125,21 @@ def make_is_idle(traits):
     return _beyond_records if traits.ragged else _never_beyond
 
 
+@cache
+def make_num_places_of_keys(tile_n, traits):
+    """num_places_of_keys(shape): all tiles of tile_n keys of all key-value heads."""
+    ragged = traits.ragged
+
+    @device_function
+    def num_places_of_keys(shape):
+        heads = quotient(shape.num_heads_q, shape.group_size)
+        if ragged:
+            return i32(shape.records[0] * heads)
+        return i32(tiles_of(shape.seqlen_k, tile_n) * i32(heads * shape.batch_size))
+
+    return num_places_of_keys
+
+
 # The place of a block
 
 

@@ -6,11 +6,12 @@ compiles every candidate, in both dtypes.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from numflash.configs import Traits
-from numflash.configs.wgmma_backward import candidates, misfit
+from numflash.configs.wgmma_backward import Sm90BackwardConfig, candidates, misfit
 from numflash.machine_code.compiler import get_cubin
 from numflash.machine_code.main_loop import read_main_loops
 from numflash.machine_code.report import inspect_kernel
@@ -26,8 +27,11 @@ MOST_ISSUED = {
     ("backward-dkdv", 64): 312,
     ("backward-dkdv", 128): 345,
     ("backward-dq", 128): 505,
+    ("backward-dq", 192): 430,
+    ("backward-dq", 256): 336,
     # Of a warpgroup without dQ, and of one with its part.
     ("backward", 64): 308,
+    ("backward", 96): 323,
     ("backward", 128): 408,
 }
 FAMILIES = ("backward-dkdv", "backward-dq", "backward")
@@ -69,14 +73,19 @@ def fits(config, traits) -> bool:
     return misfit(config, traits, HOPPER, 2 * config.block_rows) is None
 
 
+def expect_that_registers_fit(report, config, traits):
+    """Those of warps that copy and of warps that multiply, after `setmaxnreg`."""
+    copying, multiplying = report.setmaxnreg["dec"], report.setmaxnreg["inc"]
+    assert (copying.available, multiplying.available) == config.registers_of(traits)
+    assert copying.named <= copying.available and multiplying.named <= multiplying.available
+
+
 @pytest.mark.parametrize(("config", "traits", "most"), some(_by_roles(), every=5), ids=str)
 def test_each_role_has_its_products_and_waits_for_nothing_else(config, traits, most):
     assert config.roles
     report = inspect_kernel(config, traits, HOPPER)
     assert report.faults == ()
-    copying, multiplying = report.setmaxnreg["dec"], report.setmaxnreg["inc"]
-    assert (copying.available, multiplying.available) == config.registers
-    assert copying.named <= copying.available and multiplying.named <= multiplying.available
+    expect_that_registers_fit(report, config, traits)
     own_dk, own_dv = sorted(
         read_main_loops(disassemble(get_cubin(config, traits, HOPPER).code)),
         key=lambda loop: loop.exponentials,
@@ -98,9 +107,7 @@ def test_each_role_has_its_products_and_waits_for_nothing_else(config, traits, m
 def test_machine_code_is_as_designed(config, traits):
     report = inspect_kernel(config, traits, HOPPER)
     assert report.faults == ()
-    copying, multiplying = report.setmaxnreg["dec"], report.setmaxnreg["inc"]
-    assert (copying.available, multiplying.available) == config.registers
-    assert copying.named <= copying.available and multiplying.named <= multiplying.available
+    expect_that_registers_fit(report, config, traits)
     loop, columns = report.main_loop, traits.head_dim // 16
     if config.family == "backward-dkdv":
         walked = config.tile_m
@@ -148,4 +155,27 @@ WITH_FEATURES = (
 def test_features_spill_nothing(family, head_dim, more):
     choice = choose(family, Traits("bfloat16", head_dim, head_dim, **more), HOPPER)
     assert choice.implementation.name == "wgmma-backward"
-    assert inspect_kernel(choice.config, choice.traits, HOPPER).faults == ()
+    report = inspect_kernel(choice.config, choice.traits, HOPPER)
+    assert report.faults == ()
+    expect_that_registers_fit(report, choice.config, choice.traits)
+
+
+PLACES = (
+    (128, {}),
+    (64, {}),
+    (96, {}),
+    (128, {"ragged": True}),
+    (128, {"blocks": (128, 128)}),
+    (64, {"features": ("softcap",)}),
+)
+
+
+@pytest.mark.parametrize(("head_dim", "more"), some(PLACES, PLACES[0]), ids=str)
+def test_places_that_blocks_draw_cost_the_main_loop_next_to_nothing(head_dim, more):
+    traits = Traits("bfloat16", head_dim, head_dim, **more)
+    own = Sm90BackwardConfig.parse("sm90-m64n128w8s2")
+    drawn = replace(own, persistent=True)
+    report = inspect_kernel(drawn, traits, HOPPER)
+    assert report.faults == ()
+    expect_that_registers_fit(report, drawn, traits)
+    assert report.main_loop.issued <= inspect_kernel(own, traits, HOPPER).main_loop.issued + 4

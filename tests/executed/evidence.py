@@ -58,6 +58,7 @@ WITHOUT = {
         "`tests/sim/test_cluster_copies.py` have what goes wrong",
     ),
     "tanh_approx_f32": "its body is as far off as it may be; no kernel that vouches has it",
+    "atom_inc_gpu_u32": "a count; `tests/executed/test_atomics.py` says what it gives",
     "cp_async_bulk_store": "cp_reduce_async_bulk_add_f32 without the sum, which has a witness",
     "cp_async_bulk_wait_group": "cp_async_bulk_wait_group_read, which has a witness, and writes",
     "red_global_add_s64": "a sum of integers that NumPy has; no kernel that vouches has it",

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import numflash
+from numflash.runtime import driver
 from numflash.simulator import SEED, DeadlockError, SimulationError
 from tests.executed.by_hand import run
 from tests.support.chain_kernels import CHAINS, THREADS
-from tests.support.covering import ALL, thorough
+from tests.support.covering import ALL, some, thorough
 
 SEEDS = range(6 if ALL else 2)
 PTX = """
@@ -268,6 +269,18 @@ def test_a_compiled_kernel_gives_the_simulators_bits(executed, resident, monkeyp
     for number in (1, 2, 3) if ALL else (2,):
         resident(number)
         assert gradients(FUSED, monkeypatch, number) == expected
+
+
+@pytest.mark.parametrize("num_sms", some([1, 2, 3], 2))
+def test_compiled_blocks_draw_places(num_sms, executed, resident, monkeypatch):
+    resident(1)
+    executed("sm_90a", code="python")
+    expected = gradients(FUSED, monkeypatch, 0)
+    monkeypatch.setattr(driver, "multiprocessors", lambda device: (num_sms, 2**20))
+    for number in (1, 2):
+        resident(number)
+        executed("sm_90a")
+        assert gradients(f"{FUSED}-persistent", monkeypatch, number) == expected
 
 
 @thorough

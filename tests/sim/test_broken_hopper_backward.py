@@ -51,7 +51,7 @@ PROBLEMS = {
 NOT_NEEDED = {
     # They are there for the order in which the tile's buffers are given back not to matter.
     ("_make_produce.produce", "V.claim", 0): "K, claimed before, is given back after V",
-    ("make_produce.produce", "DO.claim", 0): "Q, claimed before, is given back after dO",
+    ("make_produce.produce_place", "DO.claim", 0): "Q, claimed before, is given back after dO",
     (
         "_make_consume.consume",
         "wait_for_dv",

@@ -20,6 +20,7 @@ CHAIN = (
     "tiles/wgmma/transposition",
     "tiles/wgmma/turns_of_blocks",
     "kernels/wgmma/gradient_ring",
+    "kernels/wgmma/add_dq",
     "kernels/wgmma/backward",
     "kernels/wgmma/reduce_dq",
 )
@@ -48,7 +49,11 @@ PROBLEMS = {
 # Calls that results do not need, as far as the simulator can tell: (function, called, n).
 NOT_NEEDED = {
     ("_make_tile.tile", "wait_for_dv", 0): "only dO is given back between it and wait_for_dk",
-    ("_make_add_dq.add_dq", "mbarrier_arrive", 0): "of sequences that have the same queries",
+    (
+        "make_add_dq.add_dq_of_place",
+        "mbarrier_arrive",
+        0,
+    ): "of sequences that have the same queries",
 }
 _SYNCHRONISATION = (
     r"((OWNED|Q|DO|ROWS|DQ)\.)?(claim|expect|filled|wait|release)|wait_for_\w+|fence_\w+"
@@ -79,7 +84,6 @@ def module_of(part: str) -> str:
 
 
 KERNEL, FETCHING = "kernels/wgmma/backward", "kernels/wgmma/queries"
-SOURCE = source_of(module_of(KERNEL))
 
 
 def break_kernels(part: str, fault, monkeypatch) -> None:
@@ -89,31 +93,33 @@ def break_kernels(part: str, fault, monkeypatch) -> None:
 
 
 def faults_of_events() -> list:
-    """(fault, problems): no wait, claim or fence may be missing, no release come early."""
+    """(part, fault, problems): no wait, claim or fence may be missing, no release come early."""
     found = []
-    for fault in events(SOURCE, _SYNCHRONISATION):
-        dear = not ALL and fault.called in DEAR
-        if (fault.function, fault.called, fault.n) not in NOT_NEEDED and not dear:
-            found.append((fault, "no"))
-    for fault in events(SOURCE, r"(Q|DO|ROWS)\.release|mbarrier_arrive|st_release_\w+", Early):
-        if (fault.function, fault.called, fault.n) not in NEVER_TOO_EARLY | NOT_NEEDED:
-            found.append((fault, "early"))
+    for part in ("kernels/wgmma/add_dq", KERNEL):
+        source = source_of(module_of(part))
+        for fault in events(source, _SYNCHRONISATION):
+            dear = not ALL and fault.called in DEAR
+            if (fault.function, fault.called, fault.n) not in NOT_NEEDED and not dear:
+                found.append((part, fault, "no"))
+        for fault in events(source, r"(Q|DO|ROWS)\.release|mbarrier_arrive|st_release_\w+", Early):
+            if (fault.function, fault.called, fault.n) not in NEVER_TOO_EARLY | NOT_NEEDED:
+                found.append((part, fault, "early"))
     problems = "turns", "first"
-    return [pytest.param(fault, problems, id=f"{how} {fault}") for fault, how in found]
+    return [pytest.param(part, fault, problems, id=f"{how} {fault}") for part, fault, how in found]
 
 
 IDEAS = """
-backward  turns  a turn is not taken
-    while ld_acquire_gpu_u32(turns, i64(at)) != rank: -> while False:
-backward  turns  the turn of another tile is passed on
+add_dq  turns  a turn is not taken
+    while ld_acquire_gpu_u32(turns, i64(at) + 1) != rank: -> while False:
+add_dq  turns  the turn of another tile is passed on
     st_release_gpu_u32(turns, i64(at) -> st_release_gpu_u32(turns, i64(at // 2)
-backward  turns  nobody stores first
+add_dq  turns  nobody stores first
     if rank == u32(0): -> if rank == u32(999):
-backward  turns  everyone stores
+add_dq  turns  everyone stores
     if rank == u32(0): -> if rank != u32(999):
 backward  first  one buffer of dS
     ds_now = stage if alternates else number & 1 -> ds_now = 0
-backward  first  one buffer of dQ
+add_dq  first  one buffer of dQ
     return i32(number & 1), u32(number >> 1 & 1) -> return i32(0), u32(number >> 1 & 1)
 backward  columns  dQ of the first columns
     products.advance(k_of(start, 0), group, k_step) -> k_of(start, 0)
@@ -164,9 +170,9 @@ def test_the_kernel_is_right(name, monkeypatch):
         assert PROBLEMS[name].is_solved(seed, monkeypatch)
 
 
-@pytest.mark.parametrize(("fault", "problems"), faults_of_events())
-def test_nothing_that_waits_can_be_left_out(fault, problems, monkeypatch):
-    break_kernels(KERNEL, fault, monkeypatch)
+@pytest.mark.parametrize(("part", "fault", "problems"), faults_of_events())
+def test_nothing_that_waits_can_be_left_out(part, fault, problems, monkeypatch):
+    break_kernels(part, fault, monkeypatch)
     assert first_failure({name: PROBLEMS[name] for name in problems}, monkeypatch)
 
 
@@ -215,9 +221,9 @@ turns_of_blocks  blocks  blocks that are empty count
     return u32(end - begin) -> return u32(last_block(tile, sequence) - block)
 turns_of_blocks  blocks  all rows have sums
     return begin < end -> return True
-backward  blocks  steps are tiles
+add_dq  blocks  steps are tiles
     tile, _ = tile_at(mask, step) -> tile = step
-backward  blocks  dQ goes by the lists of keys
+add_dq  blocks  dQ goes by the lists of keys
     mask.hi, mask.lists_of_queries -> mask.hi, mask.lists
 """
 TILES = np.array([[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]], bool)

@@ -399,7 +399,7 @@ channels  cluster  released in the own block only
 channels  cluster  released in one block only
     if block < cluster: -> if block < 1:
 channels  cluster  a buffer that is empty in one block
-    arrivals * readers * cluster) -> arrivals * readers)
+    arrivals * readers * cluster + -> arrivals * readers +
 ring  cluster  blocks that know nothing of each other
     "cluster": config.cluster} -> "cluster": 1}
 clusters  cluster  all blocks have the first rows

@@ -18,11 +18,18 @@ from numflash.ptx import (
 )
 from numflash.simulator import SEED, DeadlockError, GlobalPointer, SimulationError, launch
 from tests.support.bulk_copy_kernels import begin
-from tests.support.bulk_row_cases import BULK_ROW_CASES, ROW, expected_sums, make_take_turns
+from tests.support.bulk_row_cases import (
+    BULK_ROW_CASES,
+    ROW,
+    expected_draws,
+    expected_sums,
+    make_take_turns,
+)
 from tests.support.instruction_harness import run_simulated
 
 SEEDS = range(12)
-LOAD, TURNS, HANDED = BULK_ROW_CASES[0], BULK_ROW_CASES[1:-2], BULK_ROW_CASES[-2:]
+LOAD, TURNS, HANDED = BULK_ROW_CASES[0], BULK_ROW_CASES[1:-3], BULK_ROW_CASES[-3:-1]
+DRAWN = BULK_ROW_CASES[-1]
 
 
 def pointer(x):
@@ -85,6 +92,10 @@ def test_each_order_shows_what_is_missing(without, message):
 @pytest.mark.parametrize("without, shown", [("turn", "wrong"), ("early buffer", "changed after")])
 def test_some_order_shows_what_is_missing(without, shown):
     assert any(shown in found for found in outcomes(without))
+
+
+def test_each_thread_draws_a_number_of_its_own(each_seed):
+    assert DRAWN.difference(expected_draws(*DRAWN.inputs), run_simulated(DRAWN)) is None
 
 
 def test_a_release_needs_reductions_that_are_complete_and_not_only_read():

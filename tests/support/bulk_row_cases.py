@@ -3,6 +3,7 @@
 import numpy as np
 
 from numflash.ptx import (
+    atom_inc_gpu_u32,
     cp_async_bulk,
     cp_async_bulk_commit_group,
     cp_async_bulk_store,
@@ -31,6 +32,7 @@ ROW = 96
 """Floats that a warp adds."""
 _ROW_BYTES, _BYTES = 4 * ROW, 8 * ROW
 _ADDERS = 2 * ROW
+_MORE = 5
 _SKIPPED = 8  # floats before those that are loaded
 
 
@@ -116,6 +118,30 @@ def _hand_over(x: Pointer(u32), y: Pointer(u32), turn: Pointer(u32)):
         y[t] = y[63 - t]
 
 
+def _draw(x: Pointer(u32), y: Pointer(u32), counter: Pointer(u32)):
+    """Each thread draws a number once, and the first one some more."""
+    t = cuda.threadIdx.x
+    if t == 0:
+        counter[0] = u32(0)
+    cuda.syncthreads()
+    # No thread may get the number of another one, or x of some stays where it is.
+    drawn = atom_inc_gpu_u32(counter, 0, u32(THREADS - 1))
+    y[drawn] = x[drawn]
+    cuda.syncthreads()
+    if t == 0:
+        for i in range(_MORE):
+            y[THREADS + i] = atom_inc_gpu_u32(counter, 0, u32(1))
+        # More than the last one is as good as the last one.
+        counter[0] = u32(9)
+        atom_inc_gpu_u32(counter, 0, u32(3))
+        atom_inc_gpu_u32(counter, 0, u32(3))
+
+
+def expected_draws(x):
+    """y and the counter, as `_draw` leaves them."""
+    return np.concatenate([x, np.arange(_MORE, dtype=np.uint32) % 2]), np.array([1], np.uint32)
+
+
 def _summands() -> np.ndarray:
     """Two rows: all kinds of sums, and such as are subnormal before or after; no NaN."""
     rng = np.random.default_rng(6)
@@ -146,6 +172,8 @@ def _cases() -> list[InstructionCase]:
     options = {"smem_bytes": _BYTES}
     loaded = (((_ADDERS,), np.uint32),)
     words = np.arange(1, 33, dtype=np.uint32) * np.uint32(2654435761)
+    numbers = np.arange(7, 7 + THREADS, dtype=np.uint32)
+    drawn = ((THREADS + _MORE,), np.uint32), ((1,), np.uint32)
     handed = ((THREADS,), np.uint32), ((1,), np.uint32)
     return [
         InstructionCase("cp_async_bulk", "", _load, (x,), loaded, **options),
@@ -162,6 +190,7 @@ def _cases() -> list[InstructionCase]:
             InstructionCase(name, "", _hand_over, (words,), handed)
             for name in ("ld_acquire_gpu_u32", "st_release_gpu_u32")
         ),
+        InstructionCase("atom_inc_gpu_u32", "", _draw, (numbers,), drawn),
     ]
 
 

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from numflash.api.block_masks import FULL, PARTIAL, BlockMask, own
 from numflash.api.explain import Explanation, Question
 from numflash.configs import Config, Traits
 from numflash.machine_code.compiler import get_cubin, known_cubin
@@ -14,9 +17,11 @@ from numflash.runtime.driver import device_name
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.mode import SIMULATED
 from numflash.selection.geometry import Geometry
+from numflash.selection.layout import EDGE, EMPTY, WHOLE
 from numflash.selection.rules import Choice
 
 from .. import model
+from ..model import Kept
 from ..model.machine_code import MachineCode, analyse
 from ..model.prediction import ROW_KERNELS, Prediction
 from ..records import ResourceUsage
@@ -81,12 +86,14 @@ class Asked:
         explanation: the kernels.
         machine: the GPU's figures for the model.
         kernels: those that run, by name and in order; the forward's come first.
+        kept: what its block mask keeps; None without one, or where it may not be read.
     """
 
     question: Question
     explanation: Explanation
     machine: Machine
     kernels: Mapping[str, Kernel]
+    kept: Kept | None = None
 
     @property
     def problem(self) -> AttentionProblem:
@@ -121,11 +128,11 @@ def ask(question: Question, compiles: str = "forward") -> Asked:
     if answer.combine is not None:
         chosen["combine"] = answer.combine
     chosen |= answer.of_backward or answer.backward
-    kernels = {}
+    kernels, kept = {}, _kept(question)
     for name, choice in chosen.items():
         geometry = answer.geometry if name == "forward" else Geometry()
-        kernels[name] = _kernel(name, choice, geometry, answer.problem, machine, compiles)
-    return Asked(question, answer, machine, kernels)
+        kernels[name] = _kernel(name, choice, geometry, answer.problem, machine, compiles, kept)
+    return Asked(question, answer, machine, kernels, kept)
 
 
 def machine_of(question: Question) -> Machine:
@@ -145,6 +152,16 @@ def machine_of(question: Question) -> Machine:
     device = question.answer.machine.device
     # The simulator is an architecture; the GPU that stands for it is in the table.
     return machines.find(device_name(device)) if SIMULATED else local_machine(device)
+
+
+def _kept(question: Question) -> Kept | None:
+    """What the block mask of a call keeps; None without one, or where it may not be read."""
+    mask = own(question.options.get("block_mask"))
+    if not question.data or not isinstance(mask, BlockMask):
+        return None
+    tiles = mask.tiles()
+    kinds = np.select([tiles == FULL, tiles == PARTIAL], [WHOLE, EDGE], EMPTY).astype(np.uint8)
+    return Kept(kinds, mask.block_size)
 
 
 def exact_class(family: str, problem: AttentionProblem, traits: Traits) -> ProblemClass:
@@ -170,6 +187,7 @@ def _kernel(
     problem: AttentionProblem,
     machine: Machine,
     compiles: str,
+    kept: Kept | None,
 ) -> Kernel:
     config, traits, limits = choice.config, choice.traits, machine.limits
     asked = exact_class(choice.family, problem, traits)
@@ -191,7 +209,7 @@ def _kernel(
         geometry,
         report,
         code,
-        _prediction(machine, asked, config, resources, code),
+        _prediction(machine, asked, config, resources, code, kept),
         no_code,
     )
 
@@ -211,6 +229,7 @@ def _prediction(
     config: Config,
     resources: ResourceUsage | None,
     code: MachineCode | None,
+    kept: Kept | None,
 ) -> Prediction | None:
     """The model's prediction; None where it knows no such kernel, or there is nothing to do."""
     known = asked.family in (*TILED, *ROW_KERNELS)
@@ -222,7 +241,7 @@ def _prediction(
         return None
     try:
         if resources is None:
-            return model.estimate(machine, asked, config)
-        return model.predict(machine, asked, config, resources, code)
+            return model.estimate(machine, asked, config, kept)
+        return model.predict(machine, asked, config, resources, code, kept)
     except ValueError:
         return None

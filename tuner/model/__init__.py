@@ -20,6 +20,7 @@ from ..space.machines import Machine
 from . import hopper, hopper_backward, prediction
 from .clocks import BlockClocks
 from .errors import gain_needed
+from .kept import Kept
 from .machine_code import MachineCode
 from .prediction import Prediction, floor_ms, multiply_adds
 
@@ -31,6 +32,7 @@ CODE_SAVES_OF_OTHERS = 0.05
 
 __all__ = [
     "BlockClocks",
+    "Kept",
     "Prediction",
     "at_best",
     "block_clocks",
@@ -49,6 +51,7 @@ def predict(
     config: Config,
     resources: ResourceUsage,
     code: MachineCode | None,
+    kept: Kept | None = None,
 ) -> Prediction:
     """Predict the time of a compiled kernel.
 
@@ -58,11 +61,12 @@ def predict(
         config: of the problem's family.
         resources: of the compiled kernel.
         code: its instructions; None counts by formula.
+        kept: what its block mask keeps; None takes all that the band leaves.
 
     Raises:
         ValueError: not even one block fits on an SM, or its tensor cores have no such product.
     """
-    return _module_of(config).predict(machine, problem, config, resources, code)
+    return _module_of(config).predict(machine, problem, config, resources, code, kept)
 
 
 def block_clocks(
@@ -71,25 +75,27 @@ def block_clocks(
     config: Config,
     resources: ResourceUsage,
     code: MachineCode | None,
+    kept: Kept | None = None,
 ) -> BlockClocks:
     """The clocks of a block of a compiled kernel: what `predict` makes its time of.
 
     Args:
-        machine, problem, config, resources, code: as for `predict`.
+        machine, problem, config, resources, code, kept: as for `predict`.
 
     Raises:
         ValueError: as `predict`; a kernel that streams rows has no tiles.
     """
-    return _module_of(config).block_clocks(machine, problem, config, resources, code)
+    return _module_of(config).block_clocks(machine, problem, config, resources, code, kept)
 
 
-def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
+def estimate(
+    machine: Machine, problem: ProblemClass, config: Config, kept: Kept | None = None
+) -> Prediction:
     """Predict a kernel's time by formula only. Registers that cannot suffice count as spilled.
 
-    Raises:
-        ValueError: as `predict`.
+    Args and raises as `predict`.
     """
-    return _module_of(config).estimate(machine, problem, config)
+    return _module_of(config).estimate(machine, problem, config, kept)
 
 
 def at_best(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:

@@ -24,12 +24,14 @@ class BlockClocks:
             `together` blocks share an SM. Where blocks are not persistent a block is one place.
         resident: blocks on an SM, as many as fit and as there are.
         persistent: whether blocks stay, and go from place to place.
+        drawn: whether each then takes the next place that nobody has; else they are dealt out.
     """
 
     start: float
     place: Callable[[float, int], float]
     resident: int
     persistent: bool = False
+    drawn: bool = False
 
     @property
     def turn(self) -> float:
@@ -53,7 +55,14 @@ class BlockClocks:
             >>> clocks.schedule(places(launch), 1).end.tolist()
             [40.0, 60.0]
         """
-        if self.persistent:
-            return persistent(places.tiles, self.place, num_sms, self.resident, self.start)
-        tiles = np.bincount(places.block, places.tiles).astype(np.int64)
-        return dispatched(tiles, self.place, num_sms, self.resident)
+        tiles = places.tiles
+        if not self.persistent:
+            tiles = np.bincount(places.block, tiles).astype(np.int64)
+        return self.played(tiles, num_sms)
+
+    def played(self, tiles: np.ndarray, num_sms: int) -> Schedule:
+        """As `schedule`, by the tiles of each block, or place of persistent blocks."""
+        begin = self.start if self.persistent else 0.0
+        if self.persistent and not self.drawn:
+            return persistent(tiles, self.place, num_sms, self.resident, begin)
+        return dispatched(tiles, self.place, num_sms, self.resident, start=begin)

@@ -57,6 +57,7 @@ def dispatched(
     num_sms: int,
     resident: int,
     most_played: int = MOST_PLAYED,
+    start: float = 0.0,
 ) -> Schedule:
     """The schedule of blocks that begin in order, each on the SM that has room first.
 
@@ -69,6 +70,7 @@ def dispatched(
         num_sms: SMs of the GPU.
         resident: blocks that fit on one at once.
         most_played: see above; fewer than six waves are all played.
+        start: when the first ones begin.
 
     Example:
         >>> dispatched(np.array([3, 2, 1]), lambda tiles, _: 10.0 * tiles, 2, 1).end.tolist()
@@ -82,7 +84,7 @@ def dispatched(
         between = sum(count * spent for count, spent in each) / wave
         number = np.delete(number, slice(end_of_first, begin_of_last))
     waiting = iter(number.tolist())
-    found = _played(tiles, clocks, [waiting] * wave, num_sms, 0.0)
+    found = _played(tiles, clocks, [waiting] * wave, num_sms, start)
     later = np.where(found.number >= begin_of_last, between, 0.0)
     return found._replace(start=found.start + later, end=found.end + later)
 

@@ -26,6 +26,8 @@ from numflash.reference.sequences import (
 )
 from numflash.selection.geometry import LEAST_STAGES, PACKED_SEQLEN, heads_of_a_bundle
 from numflash.selection.layout import (
+    EDGE,
+    EMPTY,
     TAKE_TURNS,
     Launch,
     Tiling,
@@ -39,6 +41,7 @@ from numflash.selection.layout import (
 
 from ..lengths import sequences_of
 from ..space.machines import Machine
+from .kept import Kept, kinds_of_tiles
 
 _UNBOUNDED = 2**40
 _FLOAT_BYTES = 4
@@ -88,11 +91,12 @@ class Grid:
         heads: how often those are launched.
         packed: query heads in the rows of a tile.
         splits: blocks that share one walk of the problem.
-        entries: sequences whose walks `walks` holds.
+        entries: sequences, or lists of a block mask, whose walks `walks` holds.
         parts: float32 parts of a row of the result, on average; 0 where all rows are whole.
         launch: where its blocks work, of a forward on tensor cores and of gradients in one kernel
             with no heads in flight; None of a list of tiles, whose heads follow each other tile by
             tile.
+        kept: the blocks that are not empty; None of those that a band leaves.
     """
 
     walks: Walks
@@ -102,6 +106,7 @@ class Grid:
     entries: int = 1
     parts: float = 0.0
     launch: Launch | None = None
+    kept: Kept | None = None
 
     @property
     def blocks(self) -> int:
@@ -123,8 +128,8 @@ def band(problem: ProblemClass) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def visible_scores(problem: ProblemClass) -> int:
-    """Scores that are not masked, over all heads."""
+def visible_scores(problem: ProblemClass, kept: Kept | None = None) -> int:
+    """Scores that are not masked, over all heads; of a block that is kept in part all of them."""
     if problem.traits.ragged:
         found, entries = 0, sequences_of(problem)
         alone = replace(problem, traits=_DENSE, page_size=0, batch_heads=1, group_size=1)
@@ -133,23 +138,36 @@ def visible_scores(problem: ProblemClass) -> int:
         return found * (problem.batch_heads // len(entries.seqlens_q))
     low, high = band(problem)
     rows = np.arange(problem.seqlen_q)
-    seen = np.minimum(problem.seqlen_k - 1, rows + high) - np.maximum(0, rows + low) + 1
-    return int(np.maximum(0, seen).sum()) * problem.batch_heads
+    begin = np.minimum(np.maximum(0, rows + low), problem.seqlen_k)
+    end = np.maximum(begin, np.minimum(problem.seqlen_k, rows + high + 1))
+    if kept is None:
+        return int((end - begin).sum()) * problem.batch_heads
+    m, n = kept.size
+    blocks = (kept.kinds != EMPTY).reshape(-1, *kept.kinds.shape[2:])[:, rows // m]
+    before = np.pad(blocks.cumsum(-1), [(0, 0), (0, 0), (1, 0)])
+    blocks = np.pad(blocks, [(0, 0), (0, 0), (0, 1)])
+    seen = sum(
+        sign * (before[:, rows, at // n] * n + blocks[:, rows, at // n] * (at % n)).sum()
+        for at, sign in ((end, 1), (begin, -1))
+    )
+    return int(seen) * problem.batch_heads // len(blocks)
 
 
-def lay(problem: ProblemClass, config: Config) -> Grid:
+def lay(problem: ProblemClass, config: Config, kept: Kept | None = None) -> Grid:
     """The blocks of a tiled kernel; clusters count as one each, where there are any.
 
     Args:
         problem: the class.
         config: the kernel's, or of the same tiles and with the `blocks_order` of its blocks.
+        kept: what its block mask keeps; None takes all that the band leaves. Of query heads that
+            share keys and differ, the first one's stand for all where blocks own keys.
     """
     if problem.traits.ragged:
         return _lay_list(problem, config)
     order = getattr(config, "blocks_order", None) or order_of(config)
     packed = 1 if owns_keys(order) else heads_packed(problem, config)
     tiles = rows_of(config), config.column_tile
-    return _laid(problem, order, *tiles, packed, getattr(config, "num_splits", 1))
+    return _laid(problem, order, *tiles, packed, getattr(config, "num_splits", 1), kept)
 
 
 def rows_of(config: Config) -> int:
@@ -159,7 +177,13 @@ def rows_of(config: Config) -> int:
 
 @lru_cache(maxsize=1024)
 def _laid(
-    problem: ProblemClass, order: str, row_tile: int, column_tile: int, packed: int, splits: int
+    problem: ProblemClass,
+    order: str,
+    row_tile: int,
+    column_tile: int,
+    packed: int,
+    splits: int,
+    kept: Kept | None,
 ) -> Grid:
     low, high = band(problem)
     queries, keys = problem.seqlen_q, problem.seqlen_k
@@ -176,10 +200,10 @@ def _laid(
     parts = splits if splits > 1 or order == "dealt keys" else 0
     # Both blocks of a tile have as much to do where dK and dV are apart.
     apart = order == "dV and dK apart"
-    walks = _walks(
-        launch._replace(heads=1, in_flight=1, order="first keys first" if apart else order)
-    )
-    return Grid(walks, heads * (1 + apart), packed, splits, parts=parts, launch=launch)
+    alone = launch._replace(heads=1, in_flight=1, order="first keys first" if apart else order)
+    walks, lists = (_walks(alone), 1) if kept is None else _walks_of_blocks(alone, kept)
+    heads = heads * (1 + apart) // lists
+    return Grid(walks, heads, packed, splits, lists, parts, launch, kept)
 
 
 def _lay_list(problem: ProblemClass, config: Config) -> Grid:
@@ -282,6 +306,25 @@ def _walks(launch: Launch) -> Walks:
     return Walks(np.sort(tiles)[::-1], float(edges.sum()) * launch.repeats / blocks, row_blocks)
 
 
+def _walks_of_blocks(launch: Launch, kept: Kept) -> tuple[Walks, int]:
+    """The walks of a launch of one head, through each list of a block mask; and how many lists."""
+    tiling, found, by_keys = launch.tiling, places(launch), owns_keys(launch.order)
+    kept = kept.by_keys if by_keys else kept
+    blocks = kept.of_groups(launch.repeats).reshape(-1, *kept.kinds.shape[2:])
+    count = (tiling.row_tiles if launch.order != "dealt keys" else 1) * launch.splits
+    of_lists, edges = [], 0
+    for each in blocks:
+        kinds = kinds_of_tiles(tiling, each, kept.size)
+        tiles = (kinds != EMPTY).sum(axis=1)[found.start // tiling.row_tile] * launch.repeats
+        if launch.order == "in bundles" and launch.splits > 1:
+            share = -(-tiles // launch.splits)
+            tiles = np.clip(tiles - found.split * share, 0, share)
+        of_lists.append(np.bincount(found.block, tiles, count).astype(np.int64))
+        edges += int((kinds == EDGE).sum()) * launch.repeats
+    walks = np.sort(np.concatenate(of_lists))[::-1]
+    return Walks(walks, edges / len(walks), -(-len(found) // count)), len(blocks)
+
+
 def heads_in_flight(problem: ProblemClass, grid: Grid, config: MmaConfig, machine: Machine) -> int:
     """Heads of a forward whose blocks are interleaved, by the rule of `selection`."""
     in_flight = config.heads_in_flight
@@ -306,7 +349,7 @@ def dealt_out(grid: Grid, heads_in_flight: int, blocks: int) -> tuple[float, int
     if rounds > _MANY_ROUNDS:
         # Rounds alternate direction: a block that is ahead in one falls back in the next.
         return walks / blocks * grid.mean_tiles + grid.walks.most / 2, rounds
-    if grid.launch is None:
+    if grid.launch is None or grid.kept is not None:
         return _busiest(np.repeat(grid.walks.tiles, grid.heads), blocks)
     return _busiest_of(grid.launch._replace(in_flight=heads_in_flight), blocks)
 

@@ -38,6 +38,7 @@ from .clocks import BlockClocks
 from .counts import feature_counts
 from .dispatch import closed_form
 from .grid import Grid, dealt_out, heads_in_flight, l2_share, lay, memory_bytes, part_bytes
+from .kept import Kept
 from .machine_code import Counts, MachineCode
 from .prediction import (
     BARRIER_LATENCY,
@@ -169,6 +170,7 @@ def predict(
     config: Sm90ForwardConfig,
     resources: ResourceUsage,
     code: MachineCode | None,
+    kept: Kept | None = None,
 ) -> Prediction:
     """Predict the time of a compiled kernel, as `prediction.predict`.
 
@@ -176,7 +178,7 @@ def predict(
         ValueError: not even one block fits on an SM, or it has no wgmma.
     """
     work = _work_of(machine, problem, config, resources, code)
-    return _predicted(machine, problem, config, work, resources.blocks_per_sm, 1.0)
+    return _predicted(machine, problem, config, work, resources.blocks_per_sm, 1.0, kept)
 
 
 def block_clocks(
@@ -185,13 +187,14 @@ def block_clocks(
     config: Sm90ForwardConfig,
     resources: ResourceUsage,
     code: MachineCode | None,
+    kept: Kept | None = None,
 ) -> BlockClocks:
     """The clocks of a block of a compiled kernel, of which `predict` makes its time.
 
     Args and raises as `predict`.
     """
     work = _work_of(machine, problem, config, resources, code)
-    return _costs(machine, problem, config, work, resources.blocks_per_sm, 1.0).clocks
+    return _costs(machine, problem, config, work, resources.blocks_per_sm, 1.0, kept).clocks
 
 
 def _work_of(
@@ -209,7 +212,9 @@ def _work_of(
     return by_formula(config, problem.traits)
 
 
-def estimate(machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig) -> Prediction:
+def estimate(
+    machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig, kept: Kept | None = None
+) -> Prediction:
     """Predict a kernel's time by formula only, as `prediction.estimate`.
 
     Raises:
@@ -218,7 +223,7 @@ def estimate(machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig)
     traits = problem.traits
     spills = config.registers_of(traits)[1] < expected_registers(config, traits)
     slower = SPILLED_TIMES if spills else 1.0
-    return _by_formula(machine, problem, config, slower)
+    return _by_formula(machine, problem, config, slower, kept)
 
 
 def at_best(machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig) -> Prediction:
@@ -234,7 +239,11 @@ def at_best(machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig) 
 
 
 def _by_formula(
-    machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig, slower: float
+    machine: Machine,
+    problem: ProblemClass,
+    config: Sm90ForwardConfig,
+    slower: float,
+    kept: Kept | None = None,
 ) -> Prediction:
     """By formula, where a turn takes `slower` times as long as without spills."""
     traits, limits = problem.traits, machine.limits
@@ -244,7 +253,7 @@ def _by_formula(
     fit, limited_by = blocks_per_sm(limits, config.num_threads, registers, smem)
     if fit < 1:
         raise ValueError(f"no block of {config} fits on an SM of {machine.name}: {limited_by}")
-    return _predicted(machine, problem, config, by_formula(config, traits), fit, slower)
+    return _predicted(machine, problem, config, by_formula(config, traits), fit, slower, kept)
 
 
 def expected_registers(config: Sm90ForwardConfig, traits: Traits) -> int:
@@ -353,11 +362,12 @@ def _costs(
     work: Work,
     fit: int,
     slower: float,
+    kept: Kept | None,
 ) -> _Costs:
     if not machine.wgmma_f16:
         raise ValueError(f"{machine.name} has no wgmma, which {config} needs")
     machine = _of_clusters(machine, config)
-    grid, groups = lay(problem, config), config.num_warpgroups
+    grid, groups = lay(problem, config, kept), config.num_warpgroups
     places, traits = grid.blocks, problem.traits
     resident = min(fit, -(-places // machine.num_sms))
     slots = machine.num_sms * resident
@@ -399,8 +409,9 @@ def _predicted(
     work: Work,
     fit: int,
     slower: float,
+    kept: Kept | None,
 ) -> Prediction:
-    costs = _costs(machine, problem, config, work, fit, slower)
+    costs = _costs(machine, problem, config, work, fit, slower, kept)
     grid, clocks, turn, from_memory = costs
     places, groups = grid.blocks, config.num_warpgroups
     in_flight = heads_in_flight(problem, grid, config, machine)

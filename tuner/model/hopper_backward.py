@@ -38,6 +38,7 @@ from .hopper import (
     SPILLED_TIMES,
     WGMMA_EFFICIENCY,
 )
+from .kept import Kept, walks_of
 from .machine_code import Counts, MachineCode
 from .prediction import (
     BARRIER_LATENCY,
@@ -98,6 +99,7 @@ class Form:
         order: of `turns.ORDERS`, in which dQ is added; None if nobody waits.
         in_flight: heads whose blocks start in turn.
         blocks_order: of `layout.ORDERS`, in which blocks work.
+        persistent: whether blocks draw one place after another.
     """
 
     row_tile: int
@@ -116,6 +118,7 @@ class Form:
     order: str | None = None
     in_flight: int = 1
     blocks_order: str = "first keys first"
+    persistent: bool = False
 
 
 class Product(NamedTuple):
@@ -204,6 +207,7 @@ def form_of(machine: Machine, config: Config, problem: ProblemClass) -> Form:
         products += config.dq_groups(traits) * [product(1, config.dq_columns(traits), rows)]
         more |= {"buffers": config.dq_buffers(traits), "order": "last first"}
         more["in_flight"] = _heads_in_flight(machine, problem)
+        more["persistent"] = config.persistent
     return make_form(traits, tiles, True, groups, products, stored, **more)
 
 
@@ -221,13 +225,15 @@ def predict(
     config: Config,
     resources: ResourceUsage,
     code: MachineCode | None,
+    kept: Kept | None = None,
 ) -> Prediction:
     """Predict the time of a compiled kernel, as `prediction.predict`.
 
     Raises:
         ValueError: not even one block fits on an SM, or it has no wgmma.
     """
-    return predict_form(machine, problem, _compiled(machine, problem, config, resources, code))
+    form = _compiled(machine, problem, config, resources, code)
+    return predict_form(machine, problem, form, kept=kept)
 
 
 def block_clocks(
@@ -236,13 +242,14 @@ def block_clocks(
     config: Config,
     resources: ResourceUsage,
     code: MachineCode | None,
+    kept: Kept | None = None,
 ) -> BlockClocks:
     """The clocks of a block of a compiled kernel, of which `predict` makes its time.
 
     Args and raises as `predict`.
     """
     form = _compiled(machine, problem, config, resources, code)
-    return _costs(machine, problem, form, 1.0).clocks
+    return _costs(machine, problem, form, 1.0, kept).clocks
 
 
 def _compiled(
@@ -264,7 +271,9 @@ def _compiled(
     return replace(form, counts=counts, rare=code.main.rare)
 
 
-def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
+def estimate(
+    machine: Machine, problem: ProblemClass, config: Config, kept: Kept | None = None
+) -> Prediction:
     """Predict a kernel's time by formula only, as `prediction.estimate`.
 
     Raises:
@@ -274,7 +283,7 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
     if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
         raise ValueError(f"no block of {config} fits on an SM of {machine.name}: {needed} bytes")
     slower = SPILLED_TIMES if config.registers[1] < expected_registers(config, traits) else 1.0
-    return predict_form(machine, problem, form_of(machine, config, problem), slower)
+    return predict_form(machine, problem, form_of(machine, config, problem), slower, kept)
 
 
 def at_best(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
@@ -312,10 +321,12 @@ class _Costs(NamedTuple):
     from_memory: float
 
 
-def _costs(machine: Machine, problem: ProblemClass, form: Form, slower: float) -> _Costs:
+def _costs(
+    machine: Machine, problem: ProblemClass, form: Form, slower: float, kept: Kept | None
+) -> _Costs:
     if not machine.wgmma_f16:
         raise ValueError(f"{machine.name} has no wgmma")
-    grid, traits, groups = lay(problem, form), problem.traits, form.groups
+    grid, traits, groups = lay(problem, form, kept), problem.traits, form.groups
     l2 = l2_share(machine, grid.blocks)
     busy, clocks = _tile(machine, form, l2)
     clocks *= slower
@@ -326,37 +337,53 @@ def _costs(machine: Machine, problem: ProblemClass, form: Form, slower: float) -
     missed = min(1.0, at_once * from_memory / max(1.0, asked))
     clocks += _stall(form, clocks, L2_LATENCY + missed * (MEMORY_LATENCY - L2_LATENCY), l2)
     masked = grid.walks.edges * max(form.rare.issued, _THREADS * form.rare.alu / machine.alu_lanes)
-    # Rows that stay, and the first tile; the next block starts while results are being stored.
+    # Rows that stay, and the first tile.
     owned = form.row_tile * (traits.head_dim + traits.head_dim_v) * _ELEMENT_BYTES
-    start = BLOCK_LATENCY + 2 * MEMORY_LATENCY + (owned + sum(form.fetched)) / l2
-    around = start + groups * (masked + _ISSUED_PER_BLOCK + _ISSUED_PER_OUTPUT * form.outputs)
-    block = BlockClocks(start, lambda tiles, _: tiles * clocks + around, 1)
+    arrives = MEMORY_LATENCY + (owned + sum(form.fetched)) / l2
+    start = BLOCK_LATENCY + MEMORY_LATENCY + arrives
+    stored = groups * (_ISSUED_PER_BLOCK + _ISSUED_PER_OUTPUT * form.outputs)
+    between = stored + start
+    if form.persistent:
+        # The next ones come while results are stored; not behind the last place, counted ahead.
+        between = max(stored, arrives)
+        start += stored - between
+    around = between + groups * masked
+    block = BlockClocks(
+        start, lambda tiles, _: tiles * clocks + around, 1, form.persistent, form.persistent
+    )
     return _Costs(grid, block, around, busy, from_memory)
 
 
 def predict_form(
-    machine: Machine, problem: ProblemClass, form: Form, slower: float = 1.0
+    machine: Machine,
+    problem: ProblemClass,
+    form: Form,
+    slower: float = 1.0,
+    kept: Kept | None = None,
 ) -> Prediction:
     """Predict the time of a form; a tile takes `slower` times as long as without spills.
 
     Raises:
         ValueError: the machine has no wgmma.
     """
-    grid, clocks, around, busy, from_memory = _costs(machine, problem, form, slower)
+    grid, clocks, around, busy, from_memory = _costs(machine, problem, form, slower, kept)
     per_ms = machine.clock_mhz * 1e3
     if form.order is None:
         spread = closed_form(grid, machine.num_sms, 1, clocks.place)
     else:
+        of_a_list = problem.traits.ragged
+        heads = grid.heads if of_a_list else problem.batch_heads // problem.group_size
         spread = turns.clocks_of(
-            _walks(problem, form, grid),
+            _walks(problem, form, grid, heads),
             problem.group_size,
-            grid.heads,
+            heads,
             machine.num_sms,
             clocks.turn,
             around,
             *(ns * machine.clock_mhz / 1e3 for ns in (TURN_NS, COMPLETE_NS, UNTIL_FREE_NS)),
             form.buffers,
-            grid.heads if problem.traits.ragged else form.in_flight,
+            heads if of_a_list else form.in_flight,
+            clocks.start if form.persistent else 0.0,
         )
     if form.added:
         from_memory += _FLOAT_BYTES * _sums(problem)
@@ -372,19 +399,28 @@ def predict_form(
     return Prediction(ms, parts, max(parts, key=parts.get), 1)
 
 
-def _walks(problem: ProblemClass, form: Form, grid: Grid) -> tuple[tuple[int, int], ...]:
-    """The walk of each block of keys of a head, in the order in which blocks start and add."""
+def _walks(problem: ProblemClass, form: Form, grid: Grid, heads: int) -> turns.Walks:
+    """The walks of the blocks of keys, in the order in which they start and add."""
     if problem.traits.ragged:
-        return walks_in_turn(problem, form.row_tile, form.column_tile)
-    upwards = _walks_upwards(grid.launch.tiling)
-    return upwards[::-1] if form.order == "last first" else upwards
+        found = walks_in_turn(problem, form.row_tile, form.column_tile)
+        return (tuple((each,) for each in found),)
+    upwards = _walks_upwards(grid.launch.tiling, problem.group_size, heads, grid.kept)
+    if form.order == "last first":
+        return tuple(each[::-1] for each in upwards)
+    return upwards
 
 
 @lru_cache(maxsize=64)
-def _walks_upwards(tiling: Tiling) -> tuple[tuple[int, int], ...]:
-    """(first tile of queries, behind the last) that each block of keys of a head visits."""
-    begin, end, _, _ = tiles_seen(tiling)
-    return tuple(zip(begin.tolist(), end.tolist(), strict=True))
+def _walks_upwards(tiling: Tiling, group: int, heads: int, kept: Kept | None) -> turns.Walks:
+    """Of the first keys first: one list for all heads of keys, or the lists that there are."""
+    if kept is None:
+        begin, end, _, _ = tiles_seen(tiling)
+        return (tuple(((x, y),) for x, y in zip(begin.tolist(), end.tolist(), strict=True)),)
+    blocks, size = kept.by_keys.of_groups(group), kept.by_keys.size
+    lists = [[walks_of(tiling, each, size) for each in of_entry] for of_entry in blocks]
+    if len(lists[0]) == 1:
+        return tuple(each for (each,) in lists)
+    return tuple(lists[n * len(lists) // heads][n % len(lists[0])] for n in range(heads))
 
 
 def conversion_ms(machine: Machine, problem: ProblemClass) -> float:

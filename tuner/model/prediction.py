@@ -33,6 +33,7 @@ from . import counts
 from .clocks import BlockClocks
 from .dispatch import closed_form
 from .grid import Grid, io_bytes, l2_share, lay, memory_bytes, part_bytes, visible_scores
+from .kept import Kept
 from .machine_code import Counts, MachineCode
 
 PARTITIONS = 4
@@ -103,6 +104,7 @@ def predict(
     config: Config,
     resources: ResourceUsage,
     code: MachineCode | None,
+    kept: Kept | None = None,
 ) -> Prediction:
     """Predict the time of a compiled kernel.
 
@@ -112,6 +114,7 @@ def predict(
         config: of the problem's family.
         resources: of the compiled kernel.
         code: its instructions; None counts by formula.
+        kept: what its block mask keeps; None takes all that the band leaves.
 
     Raises:
         ValueError: not even one block fits on an SM, or its tensor cores have no such product.
@@ -119,7 +122,8 @@ def predict(
     fit = _fit_of(machine, config, resources)
     if problem.family in ROW_KERNELS:
         return _rows(machine, problem, config, fit)
-    return _tiled(machine, problem, config, _work_of(machine, problem, config, code), fit)
+    work = _work_of(machine, problem, config, code)
+    return _tiled(machine, problem, config, work, fit, kept)
 
 
 def block_clocks(
@@ -128,6 +132,7 @@ def block_clocks(
     config: Config,
     resources: ResourceUsage,
     code: MachineCode | None,
+    kept: Kept | None = None,
 ) -> BlockClocks:
     """The clocks of a block of a compiled kernel, of which `predict` makes its time.
 
@@ -137,7 +142,7 @@ def block_clocks(
         raise ValueError(f"{config} of {problem.family} has no tiles")
     fit = _fit_of(machine, config, resources)
     work = _work_of(machine, problem, config, code)
-    return _costs(machine, problem, config, work, fit).clocks
+    return _costs(machine, problem, config, work, fit, kept).clocks
 
 
 def _fit_of(machine: Machine, config: Config, resources: ResourceUsage) -> int:
@@ -156,11 +161,12 @@ def _work_of(
     return work
 
 
-def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
+def estimate(
+    machine: Machine, problem: ProblemClass, config: Config, kept: Kept | None = None
+) -> Prediction:
     """Predict a kernel's time by formula only. Registers that cannot suffice count as spilled.
 
-    Raises:
-        ValueError: as `predict`.
+    Args and raises as `predict`.
     """
     traits = problem.traits
     smem = config.smem_bytes(traits)
@@ -177,7 +183,7 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
         moved = Counts(issued=2, shared=2, shared_bytes=2 * _WARP * _FLOAT_BYTES, local=2)
         times = spilled * max(1.0, work.steps / work.products)
         work = replace(work, tile=work.tile.plus(moved, times))
-    return _tiled(machine, problem, config, work, fit)
+    return _tiled(machine, problem, config, work, fit, kept)
 
 
 def at_best(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
@@ -217,7 +223,9 @@ def expected_registers(config: Config, traits: Traits) -> tuple[int, int]:
     return min(wanted, most), max(0, fewest - most)
 
 
-def floor_ms(machine: Machine, problem: ProblemClass) -> dict[str, float]:
+def floor_ms(
+    machine: Machine, problem: ProblemClass, kept: Kept | None = None
+) -> dict[str, float]:
     """Milliseconds that no kernel can beat: of each resource alone, and the largest as "floor".
 
     Products and exponentials are those of scores that are not masked, bytes those of inputs read
@@ -226,18 +234,18 @@ def floor_ms(machine: Machine, problem: ProblemClass) -> dict[str, float]:
     """
     per_ms = machine.num_sms * machine.clock_mhz * 1e3
     parts = {"memory": io_bytes(problem) / machine.memory_gbps / 1e6}
-    if terms := multiply_adds(problem):
+    if terms := multiply_adds(problem, kept):
         parts["matrix"] = terms / (_matrix_rate(machine, problem) * per_ms)
-        parts["exponential"] = visible_scores(problem) / (machine.sfu_lanes * per_ms)
+        parts["exponential"] = visible_scores(problem, kept) / (machine.sfu_lanes * per_ms)
     return {**parts, "floor": max(parts.values())}
 
 
-def multiply_adds(problem: ProblemClass) -> int:
+def multiply_adds(problem: ProblemClass, kept: Kept | None = None) -> int:
     """Those of a family's matrix products, of scores that are not masked; 0 if it has none."""
     products, traits = _PRODUCTS.get(problem.family, 0), problem.traits
     columns = products // 2 * (traits.head_dim + traits.head_dim_v)
     columns += products % 2 * traits.head_dim
-    return visible_scores(problem) * columns if products else 0
+    return visible_scores(problem, kept) * columns if products else 0
 
 
 def _matrix_rate(machine: Machine, problem: ProblemClass) -> float:
@@ -336,11 +344,16 @@ class _Costs(NamedTuple):
 
 
 def _costs(
-    machine: Machine, problem: ProblemClass, config: Config, work: counts.Work, fit: int
+    machine: Machine,
+    problem: ProblemClass,
+    config: Config,
+    work: counts.Work,
+    fit: int,
+    kept: Kept | None = None,
 ) -> _Costs:
     if work.tile.multiply_adds_tf32 and not machine.mma_tf32:
         raise ValueError(f"the tensor cores of {machine.name} have no tf32, which {config} needs")
-    grid = lay(problem, config)
+    grid = lay(problem, config, kept)
     blocks = grid.blocks
     resident = min(fit, -(-blocks // machine.num_sms))
     slots = machine.num_sms * resident
@@ -384,9 +397,14 @@ def _costs(
 
 
 def _tiled(
-    machine: Machine, problem: ProblemClass, config: Config, work: counts.Work, fit: int
+    machine: Machine,
+    problem: ProblemClass,
+    config: Config,
+    work: counts.Work,
+    fit: int,
+    kept: Kept | None = None,
 ) -> Prediction:
-    costs = _costs(machine, problem, config, work, fit)
+    costs = _costs(machine, problem, config, work, fit, kept)
     grid, clocks, tile, once, chain, first, from_memory = costs
     blocks, slots = grid.blocks, machine.num_sms * clocks.resident
     spread = closed_form(grid, machine.num_sms, clocks.resident, clocks.place)

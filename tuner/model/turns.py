@@ -17,7 +17,13 @@ the largest of few running maxima (`_starts`).
 Two orders of keys are known: "last first", in which blocks of a causal mask are at different tiles
 at any moment, and "first first". Blocks that begin at different tiles under a full mask, as in
 FlashAttention-3, hardly wait: for them nothing is played. In a list of tiles, of sequences with
-lengths of their own, blocks start and add in the order of the list.
+lengths of their own, blocks start and add in the order of the list. With a block mask a block
+visits the tiles that its list has, and waits only for blocks whose lists have them, too.
+
+A block is taken to end, or to begin with its next place, when its last tile is added. In truth it
+stores dK and dV meanwhile, and a block that draws places goes on. By a model that played this both
+are shorter by some 3 % with 512 tokens and by 1 % and less with 4,096 and more, and blocks that
+draw gain the same factors.
 """
 
 import heapq
@@ -26,6 +32,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from .kept import Walk
+
+Walks = tuple[tuple[Walk, ...], ...]
+"""Lists of walks, each of all blocks of keys of a head; a list is for as many heads as another."""
 ORDERS = ("last first", "first first")
 _MOST_BLOCKS = 2_000
 """Blocks that are played, of whole heads."""
@@ -37,7 +47,7 @@ _AFTER = 0.15
 
 @lru_cache(maxsize=1024)
 def clocks_of(
-    walks: tuple[tuple[int, int], ...],
+    walks: Walks,
     repeats: int,
     heads: int,
     sms: int,
@@ -48,12 +58,13 @@ def clocks_of(
     until_free: float,
     buffers: int,
     in_flight: int = 1,
+    begin: float = 0.0,
 ) -> float:
     """Clocks until the last block is done.
 
     Args:
-        walks: (first tile, behind the last one) of each block of keys of a head, in the order in
-            which blocks start and add. Of a list each sequence has tiles of its own.
+        walks: in the order in which blocks start and add; the first heads have the first list. In
+            a list of sequences each sequence has tiles of its own.
         repeats: heads of queries that each block walks over.
         heads: of keys.
         sms: blocks that run at once.
@@ -64,32 +75,44 @@ def clocks_of(
         until_free: from there until its buffer is free again.
         buffers: of dQ.
         in_flight: heads whose blocks start in turn.
+        begin: when each SM may begin with its first block.
     """
-    if in_flight >= heads and len(walks) * heads > _MOST_BLOCKS:
+    blocks = len(walks[0])
+    if in_flight >= heads and blocks * heads > _MOST_BLOCKS:
         # All heads do the same at once: fewer on as many fewer SMs take as long.
-        heads, sms, longer = _fewer(heads, sms, _MOST_BLOCKS // len(walks))
+        heads, sms, longer = _fewer(heads, sms, _MOST_BLOCKS // blocks)
         in_flight = heads
     else:
         longer = 1.0
-    played = min(heads, max(2 * in_flight, _MOST_BLOCKS // len(walks) // 2 * 2))
-    free = [0.0] * sms
-    last, half = max(end for _, end in walks), 0.0
-    for begin in range(0, played, in_flight):
-        if begin <= played // 2:
-            half, halfway = sum(free), begin
-        together = range(min(in_flight, played - begin))
+    played = min(heads, max(2 * in_flight, _MOST_BLOCKS // blocks // 2 * 2))
+    free = [begin] * sms
+    ends = (end for each in walks for walk in each for _, end in walk)
+    last, half = max(ends, default=0), 0.0
+    visited = [[_tiles(walk) for walk in each] for each in walks]
+    for bundle in range(0, played, in_flight):
+        if bundle <= played // 2:
+            half, halfway = sum(free), bundle
+        together = range(min(in_flight, played - bundle))
         turns = np.zeros((len(together), repeats, last))
-        for (first, end), head in itertools.product(walks, together):
+        for block, head in itertools.product(range(blocks), together):
             done = heapq.heappop(free) + around / 2
-            if first < end:
-                here = turns[head, :, first:end]
+            tiles = visited[(bundle + head) * len(walks) // heads][block]
+            here = turns[head][:, tiles]
+            if here.size:
                 start = _starts(here.ravel(), done, tile, complete, until_free, buffers)
-                here[:] = (start + turn).reshape(here.shape)
+                turns[head][:, tiles] = (start + turn).reshape(here.shape)
                 done = float(start[-1]) + complete
             heapq.heappush(free, done + around / 2)
     # What is not played takes as long as the second half of what is.
     of_a_head = (sum(free) - half) / sms / (played - halfway)
     return longer * (max(free) + (heads - played) * of_a_head)
+
+
+def _tiles(walk: Walk) -> slice | np.ndarray:
+    """The tiles of a walk as an index of arrays."""
+    if len(walk) == 1:
+        return slice(*walk[0])
+    return np.concatenate([np.arange(*run) for run in walk] or [np.zeros(0, int)])
 
 
 def _starts(

@@ -30,7 +30,13 @@ from .steps import (
 
 
 def program(config: Sm90BackwardConfig, traits: Traits, walks: Sequence[Walk]) -> Program:
-    """What a block does for its tile of keys."""
+    """What a block does for its tile of keys.
+
+    Raises:
+        ValueError: blocks of the config draw their places, in an order that only a run knows.
+    """
+    if config.persistent:
+        raise ValueError(f"blocks of {config} draw places while they run, which is not followed")
     (walk,) = walks
     groups, stages, writers = config.num_warpgroups, config.num_stages, config.dq_groups(traits)
     tiles, rows, tile_m = config.tiles(traits), WARPGROUP_ROWS, config.tile_m

@@ -73,8 +73,8 @@ def products(
         machine: the GPU.
         default: the config that runs untuned; its choices are among those of one product.
         rows_packed: query heads that the forward packs by rule.
-        is_measured: whether a GPU judges. Only then clusters are tried, which no GPU has run yet:
-            what is predicted alone is never one.
+        is_measured: whether a GPU judges. Only then clusters are tried, and a backward whose
+            blocks draw places, which no GPU has run yet: what is predicted alone is never one.
     """
     row = implementation_of(default)
     if not row.has_tensor_cores:
@@ -88,10 +88,10 @@ def products(
         if problem.family == Sm90ForwardConfig.family:
             found = [_hopper(groups, is_measured) | laid_out | unsplit for groups in (1, 2, 3)]
         else:
-            found = [_hopper_backward(problem.family, groups) for groups in (1, 2, 3)]
+            found = [_hopper_backward(problem.family, groups, is_measured) for groups in (1, 2, 3)]
             if problem.family == "backward-dkdv":
                 roles = {"tile_n": (WARPGROUP_ROWS,), "roles": (True,)}
-                found.append(_hopper_backward(problem.family, 2) | roles)
+                found.append(_hopper_backward(problem.family, 2, is_measured) | roles)
         off = {name: (HOPPER_ONLY[name],) for name in found[0] if name in HOPPER_ONLY}
         found.append({"generation": ("sm80",)} | off | _mma(problem.family) | laid_out)
     else:
@@ -204,7 +204,7 @@ def _fp8(
     return found
 
 
-def _hopper_backward(family: str, num_warpgroups: int) -> dict[str, tuple]:
+def _hopper_backward(family: str, num_warpgroups: int, is_measured: bool) -> dict[str, tuple]:
     """The dimensions of gradients for so many warpgroups that multiply."""
     owned, walked = (WARPGROUP_ROWS * num_warpgroups,), _WALKED_TILES
     by_queries = family == "backward-dq"
@@ -218,7 +218,11 @@ def _hopper_backward(family: str, num_warpgroups: int) -> dict[str, tuple]:
     }
     if family == "backward-dkdv":
         found |= {"apart": (False,), "roles": (False,)}
-    return found | ({"num_splits": (1,)} if family == "backward" else {})
+    if family == "backward":
+        # Three warpgroups have no register for it (`Sm90BackwardConfig`).
+        is_offered = is_measured and num_warpgroups < 3
+        found |= {"num_splits": (1,), "persistent": _OFF_ON if is_offered else (False,)}
+    return found
 
 
 def _layouts(problem: ProblemClass, machine: Machine, rows_packed: int) -> dict[str, tuple]:

@@ -7,7 +7,7 @@ columns (with tile_m 64, where each gets whole slabs of head_dim), or by its que
 Where neither is possible the first warpgroup computes all of dQ, in a loop of its own.
 
 dQ is a sum over all blocks of keys, in float32 in global memory. A warpgroup leaves its part in
-shared memory, in the order of its registers. One thread, `add_dq`, adds the tile by a bulk
+shared memory, in the order of its registers. One thread (`add_dq`) adds the tile by a bulk
 reduction when it is the block's turn (`tiles.wgmma.turns_of_blocks`). The first block of a tile
 stores it instead, so the sums need not be zero before. Sums have the same bits in every run.
 `reduce_dq` makes dQ of them.
@@ -29,13 +29,17 @@ The main loop in machine code, a warpgroup and a tile (bfloat16, head_dim 128, 6
     182 others           descriptors of products most of all; 394 in all
 
 At head_dim 64, in tiles of 64 x 192, the warpgroup with dQ issues 377 for 896 clocks, each of the
-other two 294 for 512.
+other two 296 for 512.
 
 Tiles may be those of lists: of sequences with lengths of their own, or of a block mask.
 
+A block has one tile of keys, or with `-persistent` draws one after another (`places`), and fetches
+the next K, V, Q and dO while it stores dK and dV.
+
 No wait is part of a circle. `add_dq` waits for dQ of its own block, and for the turns of blocks
-that began before it. Warpgroups wait until `add_dq` has read the tile before, or with two buffers
-of dQ the one before that. The warps that fetch wait only for warpgroups.
+that began before it, or of places that were drawn before. Warpgroups wait until `add_dq` has read
+the tile before, or with two buffers of dQ the one before that. The warps that fetch wait only for
+warpgroups; who draws the next place waits until `add_dq` is at this one.
 
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2; FlashAttention-3, arXiv 2407.08608.
 """
@@ -43,7 +47,6 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2; FlashAttention-3, arXiv
 from numflash.configs import WARPGROUP_ROWS, Traits
 from numflash.configs.wgmma_backward import Sm90BackwardConfig
 from numflash.kernels.arguments import (
-    BlockMask,
     Pointer,
     Statistics,
     Tensor,
@@ -53,6 +56,7 @@ from numflash.kernels.arguments import (
 )
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.mma.queries import make_steps_of_heads
+from numflash.kernels.wgmma.add_dq import make_add_dq, make_dq_buffer
 from numflash.kernels.wgmma.channels import make_channel
 from numflash.kernels.wgmma.gradient_ring import (
     channels_of,
@@ -60,36 +64,14 @@ from numflash.kernels.wgmma.gradient_ring import (
     make_run_block,
     matrix_of,
 )
+from numflash.kernels.wgmma.places import make_drawn_places, make_each, make_own_places
 from numflash.kernels.wgmma.queries import make_assist, make_finish, make_produce, make_walk_of
-from numflash.ptx import (
-    TensorMap,
-    cuda,
-    device_function,
-    f32,
-    i32,
-    i64,
-    mov_ctaid_x,
-    mov_tid_x,
-    u32,
-)
+from numflash.ptx import TensorMap, cuda, device_function, f32, i32, mov_tid_x, u32
 from numflash.ptx.barriers import bar_sync
-from numflash.ptx.between_blocks import (
-    fence_proxy_async_global,
-    ld_acquire_gpu_u32,
-    st_release_gpu_u32,
-)
-from numflash.ptx.bulk_copies import cp_async_bulk_commit_group, cp_async_bulk_wait_group_read
-from numflash.ptx.bulk_rows import (
-    cp_async_bulk_store,
-    cp_async_bulk_wait_group,
-    cp_reduce_async_bulk_add_f32,
-)
-from numflash.ptx.mbarriers import mbarrier_arrive
 from numflash.ptx.memory import mov_shared_address, st_shared_v4_f32
 from numflash.ptx.warpgroups import fence_proxy_async
 from numflash.ptx.wgmma import make_wgmma_wait_group
-from numflash.tiles import blocks, features, steps
-from numflash.tiles.division import quotient
+from numflash.tiles import features, steps
 from numflash.tiles.mma.elements import MMA_ELEMENTS
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_row
 from numflash.tiles.portable.softmax import LOG2_E
@@ -117,14 +99,7 @@ from numflash.tiles.wgmma.scores import (
 )
 from numflash.tiles.wgmma.transposition import make_place_in_slabs, make_store_transposed
 from numflash.tiles.wgmma.turns import WARPGROUP, group_of_thread
-from numflash.tiles.wgmma.turns_of_blocks import (
-    make_adds_last,
-    make_has_place,
-    make_place_of_last_keys,
-    make_places_of,
-    make_rank_of,
-    place_of_tile,
-)
+from numflash.tiles.wgmma.turns_of_blocks import make_place_of_last_keys
 
 # The named barrier at which all warpgroups meet when dS of a tile is complete.
 _COMPLETE = 1
@@ -135,15 +110,17 @@ def make_backward_kernel(config: Sm90BackwardConfig, traits: Traits) -> Kernel:
     out_storage = f32 if traits.float32_out else MMA_ELEMENTS["sm80", traits.dtype].storage
     channels = _channels_of(config, traits)
     walk_of = make_walk_of(config, traits, make_place_of_last_keys(config.tile_n, traits))
-    is_idle = blocks.make_is_idle(traits)
-    of_walk = channels[:4], walk_of
+    places = make_own_places(traits)
+    if config.persistent:
+        places = make_drawn_places(config, traits, _end_of(channels[-1]))
+    of_walk = channels[:4], walk_of, places
     run_block = make_run_block(
         config,
-        channels,
+        (*channels, places.channel),
         make_produce(config, traits, *of_walk),
         make_assist(config, traits, *of_walk),
-        _make_consume(config, traits, channels, walk_of),
-        _make_add_dq(config, traits, channels, walk_of),
+        _make_consume(config, traits, channels, walk_of, places),
+        make_add_dq(config, traits, channels[4], walk_of, places),
         registers=config.registers_of(traits),
     )
 
@@ -156,13 +133,12 @@ def make_backward_kernel(config: Sm90BackwardConfig, traits: Traits) -> Kernel:
         dk: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
         dv: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         dq_sums: Pointer(f32),  # (batch, num_heads_q, tiles of queries, tile_m * head_dim)
-        turns: Pointer(u32),  # (batch, num_heads_q, tiles of queries), all 0
+        turns: Pointer(u32),  # the places drawn; (batch, num_heads_q, tiles of queries); all 0
         mask: turns_mask_of(traits),
         shape: turns_shape_of(traits),
         scores: scores_of(traits.program),
     ):
-        # The grid is as long as a list of tiles may be: this one may be shorter.
-        if is_idle(mov_ctaid_x(), quotient(shape.num_heads_q, shape.group_size), shape):
+        if places.is_idle(shape):
             return
         results = dk, dv, dq_sums, turns
         given = statistics_log2, results, mask, shape, scores
@@ -179,125 +155,32 @@ def _channels_of(config: Sm90BackwardConfig, traits: Traits):
     return *of_rows, make_channel(first, first + buffers, buffers, 1, 1, writers)
 
 
-def _make_mask_of_queries(traits: Traits):
-    """mask_of_queries(mask): the mask by which tiles of queries list keys."""
-
-    @device_function
-    def mask_itself(mask):
-        return mask
-
-    @device_function
-    def mask_of_queries(mask):
-        return BlockMask(mask.lo, mask.hi, mask.lists_of_queries)
-
-    return mask_of_queries if traits.blocks else mask_itself
+def _end_of(channel) -> int:
+    """The first mbarrier behind those of a channel, whose buffers are as many as `empty` says."""
+    return 2 * channel.empty - channel.full
 
 
-def _make_dq_buffer(buffers: int):
-    """dq_buffer(number): the buffer of dQ of a block's tile `number`, and its phase's parity."""
-
-    @device_function
-    def dq_buffer(number):
-        if buffers == 1:
-            return i32(0), u32(number & 1)
-        return i32(number & 1), u32(number >> 1 & 1)
-
-    return dq_buffer
-
-
-def _make_add_dq(config: Sm90BackwardConfig, traits: Traits, channels, walk_of):
-    """add_dq(smem, barriers, given): one thread adds dQ of each tile in global memory, in turn."""
-    DQ, tile_m = channels[4], config.tile_m
-    words, dq_smem = tile_m * traits.head_dim, config.smem_offsets(traits)["dq"]
-    n_bytes = u32(4 * words)
-    dq_buffer = _make_dq_buffer(config.dq_buffers(traits))
-    tile_n = config.tile_n
-    rank_of, adds_last = (make(tile_m, tile_n, traits) for make in (make_rank_of, make_adds_last))
-    places_of, has_place = make_places_of(tile_m, traits), make_has_place(traits)
-    mask_of_queries = _make_mask_of_queries(traits)
-    tile_at = steps.make_tile_at(traits, tile_m, by_keys=True)
-    count_steps, first_step, next_step = make_steps_of_heads(traits, tile_m)
-
-    @device_function
-    def add_in_turn(smem, barriers, sums, at, source, rank, buffer, added):
-        dq_sums, turns = sums
-        # Hazard: sums in another order are not the same bits.
-        while ld_acquire_gpu_u32(turns, i64(at)) != rank:
-            pass
-        # Hazard: the copy would not see what the block before has added.
-        fence_proxy_async_global()
-        if rank == u32(0):
-            cp_async_bulk_store(dq_sums, i64(at) * words, smem, source, n_bytes)
-        else:
-            cp_reduce_async_bulk_add_f32(dq_sums, i64(at) * words, smem, source, n_bytes)
-        # Hazard: the two waits below would not wait for this copy.
-        cp_async_bulk_commit_group()
-        # Hazard: the next dQ would overwrite this one while it is read.
-        cp_async_bulk_wait_group_read()
-        mbarrier_arrive(barriers, DQ.empty + buffer)
-        turn = u32(0) if adds_last(*added) else u32(rank + u32(1))
-        # Hazard: the next block would add before this sum is in memory.
-        cp_async_bulk_wait_group()
-        st_release_gpu_u32(turns, i64(at), turn)
-
-    @device_function
-    def add_dq(smem, barriers, given):
-        _, (_, _, dq_sums, turns), mask, shape, _ = given
-        place, sequence, walk = walk_of(mask, shape)
-        block, places = quotient(place.start, tile_n), places_of(place.batch, shape)
-        by_queries = mask_of_queries(mask)
-        step, head, end = first_step(walk)
-        for number in range(count_steps(walk)):
-            buffer, parity = dq_buffer(number)
-            source = i32(dq_smem + buffer * words)
-            tile, _ = tile_at(mask, step)
-            added = block, tile, head, place.batch, sequence, by_queries
-            rank = rank_of(*added)
-            at = place_of_tile(tile, head, places)
-            # Hazard: warpgroups may not have written this dQ yet.
-            DQ.wait(barriers, buffer, parity)
-            if has_place(tile, places):
-                add_in_turn(smem, barriers, (dq_sums, turns), at, source, rank, buffer, added)
-            else:
-                mbarrier_arrive(barriers, DQ.empty + buffer)
-            step, head, end = next_step(walk, step, head, end)
-
-    return add_dq
-
-
-def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of):
+def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of, places):
     """consume(smem, barriers, given): dK and dV of this warpgroup's 64 rows, and its dQ."""
-    OWNED, Q = channels[:2]
-    tile_m, tile_n = config.tile_m, config.tile_n
+    OWNED, tile_m, tile_n = channels[0], config.tile_m, config.tile_n
     n_scores, n_packed = tile_m // 2, tile_m // 4
     n_dk, n_dv = traits.head_dim // 2, traits.head_dim_v // 2
     n_dq = config.dq_columns(traits) // 2
     n_slopes, n_kept = n_scores if traits.bends_scores else 1, words_of_kept(tile_m // 8, traits)
-    count_steps, first_step, next_step = make_steps_of_heads(traits, tile_m)
+    count_steps, _, _ = make_steps_of_heads(traits, tile_m)
     all_add = config.dq_groups(traits) == config.num_warpgroups
-    first_tile, next_tile = (_make_tile(config, traits, channels, True, x) for x in (True, False))
-    first_without, next_without = (
-        _make_tile(config, traits, channels, False, x) for x in (True, False)
+    tiles_with, tiles_without = (
+        _make_tiles(config, traits, channels, places, x) for x in (True, False)
     )
-    leave_dq = _make_leave_dq(config, traits, channels)
     place_in_ds = make_place_in_slabs(tile_m)
     finish_dk = make_finish(traits, walk_of, traits.head_dim)
     finish_dv = make_finish(traits, walk_of, traits.head_dim_v)
 
     @device_function
-    def consume(smem, barriers, given):
-        _, (dk, dv, _, _), mask, shape, scores = given
-        s_acc = cuda.local.array(n_scores, f32)
-        dp_acc = cuda.local.array(n_scores, f32)
-        slopes = cuda.local.array(n_slopes, f32)
-        p_packed = cuda.local.array(n_packed, u32)
-        ds_packed = cuda.local.array(n_packed, u32)
-        dk_acc = cuda.local.array(n_dk, f32)
-        dv_acc = cuda.local.array(n_dv, f32)
-        dq_acc = cuda.local.array(n_dq, f32)
-        kept = cuda.local.array(n_kept, u32)
-        arrays = s_acc, dp_acc, slopes, p_packed, ds_packed, kept, dk_acc, dv_acc, dq_acc
-        place, sequence, walk = walk_of(mask, shape)
+    def consume_place(smem, barriers, work, drawn, turn, at):
+        (_, (dk, dv, _, _), mask, shape, scores), arrays = work
+        dk_acc, dv_acc = arrays[6:8]
+        place, sequence, walk = walk_of(drawn, mask, shape)
         last_key = last_of(place.start, tile_n, sequence.seqlen_k)
         from_keys = seen_from_keys(sequence)
         whole = tiles_seen_whole(place.start, last_key, tile_m, from_keys)
@@ -310,49 +193,83 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of)
             dk_acc[i] = f32(0)
         for i in range(n_dv):
             dv_acc[i] = f32(0)
-        step, head, end = first_step(walk)
-        num_steps = count_steps(walk)
-        if num_steps > 0:
+        if count_steps(walk) > 0:
             # Hazard: products would read K and V while their bytes are still on their way.
-            OWNED.wait(barriers, 0, u32(0))
-            # The first tile has no dQ before it. With a branch on that in the loop, or with one on
-            # the warpgroup, the assembler would wait for each product by itself.
-            stage, parity = Q.following(i32(0), u32(0))
+            OWNED.wait(barriers, 0, turn)
             if all_add or group_of_thread() == 0:
-                first_tile(
-                    arrays, smem, barriers, owned, (i32(0), i32(0), u32(0)), step, head, scores
-                )
-                number = i32(1)
-                while number < num_steps:
-                    step, head, end = next_step(walk, step, head, end)
-                    at = number, stage, parity
-                    next_tile(arrays, smem, barriers, owned, at, step, head, scores)
-                    stage, parity = Q.following(stage, parity)
-                    number = i32(number + 1)
-                leave_dq(dq_acc, smem, barriers, i32(num_steps - 1))
+                at, drawn, turn = tiles_with(arrays, smem, barriers, owned, at, walk, scores)
             else:
-                first_without(
-                    arrays, smem, barriers, owned, (i32(0), i32(0), u32(0)), step, head, scores
-                )
-                number = i32(1)
-                while number < num_steps:
-                    step, head, end = next_step(walk, step, head, end)
-                    at = number, stage, parity
-                    next_without(arrays, smem, barriers, owned, at, step, head, scores)
-                    stage, parity = Q.following(stage, parity)
-                    number = i32(number + 1)
+                at, drawn, turn = tiles_without(arrays, smem, barriers, owned, at, walk, scores)
+        else:
+            places.give_back(barriers)
         row = accumulator_row(MMA_ROWS)
-        finish_dv(dv_acc, dv, row, shape.head_dim_v, mask, shape)
-        finish_dk(dk_acc, dk, row, shape.head_dim, mask, shape)
+        finish_dv(dv_acc, dv, row, shape.head_dim_v, drawn, mask, shape)
+        finish_dk(dk_acc, dk, row, shape.head_dim, drawn, mask, shape)
+        return at, turn
+
+    consume_places = make_each(places, consume_place)
+
+    @device_function
+    def consume(smem, barriers, given):
+        s_acc = cuda.local.array(n_scores, f32)
+        dp_acc = cuda.local.array(n_scores, f32)
+        slopes = cuda.local.array(n_slopes, f32)
+        p_packed = cuda.local.array(n_packed, u32)
+        ds_packed = cuda.local.array(n_packed, u32)
+        dk_acc = cuda.local.array(n_dk, f32)
+        dv_acc = cuda.local.array(n_dv, f32)
+        dq_acc = cuda.local.array(n_dq, f32)
+        kept = cuda.local.array(n_kept, u32)
+        arrays = s_acc, dp_acc, slopes, p_packed, ds_packed, kept, dk_acc, dv_acc, dq_acc
+        consume_places(smem, barriers, (given, arrays), (i32(0), i32(0), u32(0)))
 
     return consume
+
+
+def _make_tiles(config: Sm90BackwardConfig, traits: Traits, channels, places, adds: bool):
+    """tiles(arrays, smem, barriers, owned, at, walk, scores): all tiles of a place, at least one.
+
+    `at` is that of the first tile, as in `_make_tile`. The result is that of the next place's,
+    and this place's number and turn, which is given back.
+    """
+    Q = channels[1]
+    count_steps, first_step, next_step = make_steps_of_heads(traits, config.tile_m)
+    # The first tile has no dQ before it. With a branch on that in the loop, or with one on the
+    # warpgroup, the assembler would wait for each product by itself.
+    first_tile, next_tile = (_make_tile(config, traits, channels, adds, x) for x in (True, False))
+    leave_dq = _make_leave_dq(config, traits, channels)
+
+    @device_function
+    def tiles(arrays, smem, barriers, owned, at, walk, scores):
+        number, stage, parity = at
+        step, head, end = first_step(walk)
+        after = i32(number + count_steps(walk))
+        first_tile(arrays, smem, barriers, owned, at, step, head, scores)
+        number = i32(number + 1)
+        stage, parity = Q.following(stage, parity)
+        while number < after:
+            step, head, end = next_step(walk, step, head, end)
+            at = number, stage, parity
+            next_tile(arrays, smem, barriers, owned, at, step, head, scores)
+            stage, parity = Q.following(stage, parity)
+            number = i32(number + 1)
+        # Read again, so that no register keeps them through the walk.
+        drawn, turn = places.number_of(smem), places.turn_of(smem)
+        # Hazard: products must have read K and V: the next come while dK and dV are stored.
+        places.give_back(barriers)
+        if adds:
+            dq_acc = arrays[-1]
+            leave_dq(dq_acc, smem, barriers, i32(after - 1))
+        return (number, stage, parity), drawn, turn
+
+    return tiles
 
 
 def _make_leave_dq(config: Sm90BackwardConfig, traits: Traits, channels):
     """leave_dq(dq_acc, smem, barriers, number): write dQ of a tile to a buffer, for `add_dq`."""
     DQ, words, n_dq = channels[4], config.tile_m * traits.head_dim, config.dq_columns(traits) // 2
     dq_smem, part = config.smem_offsets(traits)["dq"], WARPGROUP * n_dq
-    dq_buffer = _make_dq_buffer(config.dq_buffers(traits))
+    dq_buffer = make_dq_buffer(config.dq_buffers(traits))
 
     @device_function
     def store_step(step, dq_acc, smem, first):

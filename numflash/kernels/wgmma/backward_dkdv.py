@@ -29,12 +29,12 @@ from numflash.kernels.wgmma.gradient_ring import (
     make_run_block,
     matrix_of,
 )
+from numflash.kernels.wgmma.places import make_own_places
 from numflash.kernels.wgmma.queries import make_assist, make_finish, make_produce, make_walk_of
 from numflash.ptx import TensorMap, cuda, device_function, f32, i32, mov_ctaid_x, mov_tid_x, u32
 from numflash.ptx.memory import mov_shared_address
 from numflash.ptx.wgmma import make_wgmma_wait_group
-from numflash.tiles import blocks, features, steps
-from numflash.tiles.division import quotient
+from numflash.tiles import features, steps
 from numflash.tiles.mma.elements import MMA_ELEMENTS
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_row
 from numflash.tiles.portable.softmax import LOG2_E
@@ -61,13 +61,13 @@ def make_backward_dkdv_kernel(config: Sm90BackwardDkDvConfig, traits: Traits) ->
     """The dK and dV kernel for one config; see the module's docstring."""
     out_storage = f32 if traits.float32_out else MMA_ELEMENTS["sm80", traits.dtype].storage
     channels = channels_of(config, traits, 4 if config.roles else 3)
-    walk_of, is_idle = make_walk_of(config, traits), blocks.make_is_idle(traits)
+    walk_of, places = make_walk_of(config, traits), make_own_places(traits)
     make_consume = roles.make_consume if config.roles else _make_consume
     run_block = make_run_block(
         config,
         channels,
-        make_produce(config, traits, channels, walk_of),
-        make_assist(config, traits, channels, walk_of),
+        make_produce(config, traits, channels, walk_of, places),
+        make_assist(config, traits, channels, walk_of, places),
         make_consume(config, traits, channels, walk_of),
         registers=config.registers_of(traits),
     )
@@ -84,8 +84,7 @@ def make_backward_dkdv_kernel(config: Sm90BackwardDkDvConfig, traits: Traits) ->
         shape: mapped_shape_of(traits),
         scores: scores_of(traits.program),
     ):
-        # The grid is as long as a list of tiles may be: this one may be shorter.
-        if is_idle(mov_ctaid_x(), quotient(shape.num_heads_q, shape.group_size), shape):
+        if places.is_idle(shape):
             return
         given = statistics_log2, (dk, dv), mask, shape, scores
         run_block((q_map, k_map, v_map, do_map), given)
@@ -138,7 +137,7 @@ def _make_consume(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk
         kept = cuda.local.array(n_kept, u32)
         dk_acc = cuda.local.array(n_dk, f32)
         dv_acc = cuda.local.array(n_dv, f32)
-        place, sequence, walk = walk_of(mask, shape)
+        place, sequence, walk = walk_of(mov_ctaid_x(), mask, shape)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
@@ -203,7 +202,7 @@ def _make_consume(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk
             step, head, end = next_step(walk, step, head, end)
 
         row = accumulator_row(MMA_ROWS)
-        finish_dv(dv_acc, dv, row, shape.head_dim_v, mask, shape)
-        finish_dk(dk_acc, dk, row, shape.head_dim, mask, shape)
+        finish_dv(dv_acc, dv, row, shape.head_dim_v, mov_ctaid_x(), mask, shape)
+        finish_dk(dk_acc, dk, row, shape.head_dim, mov_ctaid_x(), mask, shape)
 
     return consume

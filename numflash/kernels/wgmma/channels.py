@@ -64,11 +64,13 @@ def make_channel(
     readers: int = 1,
     writers: int = 1,
     cluster: int = 1,
+    others: int = 0,
 ):
     """The channel of `stages` buffers, each read by `readers` warpgroups of `cluster` blocks.
 
     A buffer is full when `writers` threads have arrived at `full` + stage: one that expects bytes,
-    or one of each warp that writes by itself.
+    or one of each warp that writes by itself. `others` more warps than those of the `readers`
+    release it, each by one arrival.
 
     `full` and `empty` are the mbarriers of the first buffer, those of the others follow. A
     warpgroup releases a buffer by 4 arrivals, or by 1.
@@ -85,7 +87,7 @@ def make_channel(
     def init(barriers):
         for stage in range(stages):
             mbarrier_init(barriers, full + stage, writers)
-            mbarrier_init(barriers, empty + stage, arrivals * readers * cluster)
+            mbarrier_init(barriers, empty + stage, arrivals * readers * cluster + others)
 
     @device_function
     def claim(barriers, stage, parity):

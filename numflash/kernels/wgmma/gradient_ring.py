@@ -1,8 +1,8 @@
 """Blocks of the backward on Hopper: their buffers and channels, their copies and their warps.
 
-A block owns rows: of queries with dO, or of keys with values. They come once, at the channel
-`OWNED`. The rows that it walks over come in tiles, each matrix by a channel of its own, which has
-`num_stages` buffers.
+A block owns rows: of queries with dO, or of keys with values. They come at the channel `OWNED`,
+once, or once for each of its `places`. The rows that it walks over come in tiles, each matrix by a
+channel of its own, which has `num_stages` buffers.
 """
 
 from functools import cache

@@ -36,7 +36,7 @@ from numflash.configs.wgmma_backward import Sm90BackwardDkDvConfig
 from numflash.kernels.mma.queries import make_steps_of_heads
 from numflash.kernels.wgmma.gradient_ring import make_operand_of, matrix_of
 from numflash.kernels.wgmma.queries import make_finish
-from numflash.ptx import cuda, device_function, f32, i32, mov_tid_x, u32
+from numflash.ptx import cuda, device_function, f32, i32, mov_ctaid_x, mov_tid_x, u32
 from numflash.ptx.memory import mov_shared_address
 from numflash.ptx.wgmma import make_wgmma_wait_group
 from numflash.tiles import features, steps
@@ -118,7 +118,7 @@ def _make_own_dv(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk_
             packed_all = cuda.local.array(n_packed, u32)
         kept = cuda.local.array(n_kept, u32)
         dv_acc = cuda.local.array(n_dv, f32)
-        place, sequence, walk = walk_of(mask, shape)
+        place, sequence, walk = walk_of(mov_ctaid_x(), mask, shape)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
@@ -174,7 +174,7 @@ def _make_own_dv(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk_
             ROWS.release(barriers, stage)
             stage, parity = Q.following(stage, parity)
             step, head, end = next_step(walk, step, head, end)
-        finish(dv_acc, dv, accumulator_row(MMA_ROWS), shape.head_dim_v, mask, shape)
+        finish(dv_acc, dv, accumulator_row(MMA_ROWS), shape.head_dim_v, mov_ctaid_x(), mask, shape)
 
     return own_dv
 
@@ -209,7 +209,7 @@ def _make_own_dk(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk_
         packed = cuda.local.array(n_packed, u32)
         kept = cuda.local.array(n_kept, u32)
         dk_acc = cuda.local.array(n_dk, f32)
-        _, _, walk = walk_of(mask, shape)
+        _, _, walk = walk_of(mov_ctaid_x(), mask, shape)
         for i in range(n_dk):
             dk_acc[i] = f32(0)
         num_steps = count_steps(walk)
@@ -248,7 +248,7 @@ def _make_own_dk(config: Sm90BackwardDkDvConfig, traits: Traits, channels, walk_
             stage, parity = Q.following(stage, parity)
         # The second warpgroup has the same rows as the first.
         row = accumulator_row(MMA_ROWS) - rows_before
-        finish(dk_acc, dk, row, shape.head_dim, mask, shape)
+        finish(dk_acc, dk, row, shape.head_dim, mov_ctaid_x(), mask, shape)
 
     return own_dk
 

@@ -8,6 +8,9 @@ that the tile sees:
 
     rank = last_block - block
 
+"Block" is here what works on a tile of keys. Where blocks draw such places one after another, the
+order is that of the draws (`kernels.wgmma.places`).
+
 With a block mask it counts the tiles of keys that the list of the tile of queries has. A block
 therefore waits only for blocks that began before it: the earliest that has not ended waits for
 nobody, and all end, however few run at once and whatever else runs on the GPU. A block walks over

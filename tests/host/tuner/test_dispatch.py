@@ -2,15 +2,16 @@
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from numflash.configs import parse_config
-from numflash.selection.layout import persistent_walks, places, taken_by
+from numflash.selection.layout import Launch, Tiling, persistent_walks, places, taken_by
 from tests.host.tuner.test_model import A100, problem_class
 from tuner import model
-from tuner.model import dispatch, grid, hopper, hopper_backward, prediction
+from tuner.model import BlockClocks, dispatch, grid, hopper, hopper_backward, prediction
 from tuner.records import ResourceUsage
 from tuner.space import machines
 
@@ -97,6 +98,18 @@ def test_persistent_blocks_go_through_their_own_places(num_sms, resident, count)
             assert (
                 found.start[own[0]] == 50 and (found.start[own][1:] == found.end[own][:-1]).all()
             )
+
+
+def test_blocks_that_draw_take_the_next_place_when_they_are_free():
+    launch = Launch(Tiling(512, 512, 128, 128, -512, 0), "last keys first", 1)
+    found = places(launch)
+    clocks = BlockClocks(50.0, lambda tiles, _: 10.0 * tiles, 1, persistent=True)
+    dealt, drawn = (each.schedule(found, 2) for each in (clocks, replace(clocks, drawn=True)))
+    assert found.tiles.tolist() == [4, 3, 2, 1]
+    assert drawn.end.tolist() == [90, 80, 100, 100] and dealt.end.tolist() == [90, 80, 100, 100]
+    uneven = np.array([4, 1, 1, 1])
+    assert clocks.played(uneven, 2).clocks == 100
+    assert replace(clocks, drawn=True).played(uneven, 2).clocks == 90
 
 
 CALLS = [

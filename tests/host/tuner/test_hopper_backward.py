@@ -19,6 +19,8 @@ from tuner.records import ResourceUsage
 from tuner.space import machines
 
 H100 = machines.find("H100")
+ONE = "m64n128w8s2"
+FITS = ResourceUsage(168, 0, 200_000, 384, 1, "registers")
 CONFIGS = {
     "backward-dq": ("m128n128w8s1", "m64n64w4s2", "m128n64w8s2"),
     "backward-dkdv": ("m64n128w8s2", "m64n192w12s1", "m32n64w4s2"),
@@ -197,13 +199,40 @@ def test_registers_that_do_not_suffice_make_products_wait_for_each_other():
     assert wide > 1.5 * estimate("backward-dq", "m128n64w8s2", more="-softcap").ms
 
 
+def test_blocks_that_draw_places_begin_once():
+    """With a place for each SM as long; with more all but the way of K and V is hidden."""
+    times = []
+    for heads in (1, 8, 32):
+        problem, form = fused(order="last first", of={"heads": heads, "q": 16384, "k": 16384})
+        pair = [replace(form, persistent=x) for x in (False, True)]
+        times.append([hopper_backward.predict_form(H100, problem, x).ms for x in pair])
+    assert times[0][1] == pytest.approx(times[0][0])
+    gained = [alone - drawn for alone, drawn in times]
+    # 1,024 and 4,096 places on 132 SMs: 7 and 31 times less.
+    assert 0 < 4 * gained[1] < gained[2] < 5 * gained[1]
+    clocks = [
+        model.block_clocks(H100, problem, parse_config("backward", f"sm90-{ONE}{x}"), FITS, None)
+        for x in ("", "-persistent")
+    ]
+    assert [each.drawn for each in clocks] == [False, True]
+    stored = 2 * (hopper_backward._ISSUED_PER_BLOCK + 2 * 128)
+    # K and V come while dK and dV are stored, which takes less.
+    between = [each.place(0, 1) for each in clocks]
+    assert stored < between[1] < between[0] - 1000
+
+
 # Turns
 
 
 def played(walks, heads=1, sms=132, order="last first", turn=0.0, complete=0.0, buffers=2, **more):
     times = more.pop("tile", 100.0), more.pop("around", 0.0), turn, complete, 0.0
     walks = tuple(walks)[::-1] if order == "last first" else tuple(walks)
-    return turns.clocks_of(walks, 1, heads, sms, *times, buffers, **more)
+    return turns.clocks_of(in_one_list(walks), 1, heads, sms, *times, buffers, **more)
+
+
+def in_one_list(walks):
+    """Walks of one run each, for all heads."""
+    return (tuple((run,) for run in walks),)
 
 
 def test_without_turns_blocks_follow_each_other_on_the_first_free_sm():
@@ -228,7 +257,7 @@ def test_a_block_that_adds_longer_than_it_computes_waits_for_itself():
 
 
 def test_one_buffer_waits_until_it_is_free():
-    walks = ((0, 10),)
+    walks = in_one_list([(0, 10)])
     two, one = (
         turns.clocks_of(walks, 1, 1, 1, 100.0, 0.0, 0.0, 0.0, 150.0, buffers) for buffers in (2, 1)
     )
@@ -245,19 +274,25 @@ def test_heads_that_are_not_played_count_as_much_as_the_others():
 
 def tile_by_tile(walks, repeats, heads, sms, tile, around, turn, complete, until_free, buffers):
     """As `turns.clocks_of` of heads in turn, one tile after another."""
-    free, last = [0.0] * sms, max(end for _, end in walks)
+    free, last = [0.0] * sms, 1 + max(m for each in walks for of in each for m in of)
     ready = [[0.0] * (repeats * last) for _ in range(heads)]
-    for (first, end), turns_of_head in itertools.product(walks, ready):
+    for block, head in itertools.product(range(len(walks[0])), range(heads)):
         done = heapq.heappop(free) + around / 2
         added, empty = done, [done] * buffers
-        visited = (h + m for h in range(0, repeats * last, last) for m in range(first, end))
+        walk = walks[head * len(walks) // heads][block]
+        visited = (h + m for h in range(0, repeats * last, last) for m in walk)
         for number, m in enumerate(visited):
             done = max(done + tile, empty[number % buffers] + turns._AFTER * tile)
-            start = max(done, added, turns_of_head[m])
-            turns_of_head[m], added = start + turn, start + complete
+            start = max(done, added, ready[head][m])
+            ready[head][m], added = start + turn, start + complete
             empty[number % buffers] = start + until_free
         heapq.heappush(free, max(done, added) + around / 2)
     return max(free)
+
+
+def tiles_of(walks):
+    """The tiles of each walk of each list."""
+    return [[[m for run in walk for m in range(*run)] for walk in each] for each in walks]
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 3])
@@ -267,16 +302,22 @@ def test_the_tiles_of_a_block_at_once_are_those_one_after_another(complete, unti
     rng = np.random.default_rng([int(complete), int(until_free), buffers])
     for repeats, heads, sms in ((1, 1, 3), (3, 2, 2), (2, 4, 5)):
         edges = np.sort(rng.integers(0, 20, (9, 2)), axis=1)
-        walks = tuple(map(tuple, [*edges.tolist(), [0, 20]]))
-        for turn in (0.0, 90.0):
+        listed = np.stack([edges, np.sort(rng.integers(20, 40, (9, 2)), axis=1)], axis=1)
+        lists = [
+            tuple(tuple(map(tuple, walk)) for walk in each) for each in (listed, listed[::-1])
+        ]
+        whole = in_one_list([*map(tuple, edges.tolist()), (0, 20)])
+        for walks, turn in itertools.product((whole, tuple(lists[:heads])), (0.0, 90.0)):
             times = 100.0, 50.0, turn, complete, until_free, buffers
             found = turns.clocks_of(walks, repeats, heads, sms, *times, heads)
-            assert found == pytest.approx(tile_by_tile(walks, repeats, heads, sms, *times))
+            every = tile_by_tile(tiles_of(walks), repeats, heads, sms, *times)
+            assert found == pytest.approx(every)
 
 
 def test_fewer_heads_on_fewer_sms_stand_for_all_of_a_list(monkeypatch):
     """Of a list all heads take turns at each record."""
-    walks = tuple((32 * n + min(m, 24), 32 * n + 32) for n in range(16) for m in range(0, 32, 2))
+    runs = ((32 * n + min(m, 24), 32 * n + 32) for n in range(16) for m in range(0, 32, 2))
+    walks = in_one_list(runs)
     times = 3500.0, 4000.0, 2562.0, 1464.0, 1098.0, 2
     few = turns.clocks_of(walks, 1, 32, 132, *times, 32)
     monkeypatch.setattr(turns, "_MOST_BLOCKS", 10**6)

@@ -118,8 +118,8 @@ def find(asked: Asked) -> BytesFacts:
         raise NotShownError("there are no scores, so there is nothing to move or to keep")
     if kernel.prediction is None:
         raise NotShownError("the model counts no bytes of such kernels")
-    laid = lay(problem, kernel.config)
-    moved, parts = _moved(kernel, machine) + _quantised(asked), part_bytes(problem, laid)
+    laid = lay(problem, kernel.config, asked.kept)
+    moved, parts = _moved(kernel, asked) + _quantised(asked), part_bytes(problem, laid)
     each = 2 * (problem.traits.head_dim + problem.traits.head_dim_v)
     tile = rows_of(kernel.config) * kernel.config.column_tile
     needed = arrays_bytes(problem)
@@ -128,7 +128,9 @@ def find(asked: Asked) -> BytesFacts:
         "standard": _cost(
             each * _scores(problem), standard_bytes(problem), needed + 2 * score_bytes(problem)
         ),
-        "least": _cost(each * visible_scores(problem), io_bytes(problem), needed, "counted"),
+        "least": _cost(
+            each * visible_scores(problem, asked.kept), io_bytes(problem), needed, "counted"
+        ),
     }
     return BytesFacts(ways, _growth(asked, problem, machine), _backward(asked, problem))
 
@@ -142,9 +144,10 @@ def _cost(flop: float, moved: float, memory: float, origin: str = "counted") -> 
     )
 
 
-def _moved(kernel: Kernel, machine: Machine) -> float:
+def _moved(kernel: Kernel, asked: Asked) -> float:
     """Bytes that a kernel of tiles moves, by the model."""
-    problem, config, laid = kernel.problem, kernel.config, lay(kernel.problem, kernel.config)
+    problem, config, machine = kernel.problem, kernel.config, asked.machine
+    laid = lay(problem, config, asked.kept)
     slots = machine.num_sms * kernel.prediction.blocks_per_sm
     return memory_bytes(problem, config, laid, slots, machine.l2_bytes) + part_bytes(problem, laid)
 
@@ -234,15 +237,15 @@ def _backward(asked: Asked, problem: ProblemClass) -> Backward | None:
     if not known or len(known) < len(kernels):
         return None
     columns = problem.traits.head_dim + problem.traits.head_dim_v
-    visible = visible_scores(problem)
+    visible = visible_scores(problem, asked.kept)
     product = visible * columns / 2
     rows = problem.seqlen_q * problem.batch_heads
-    terms = sum(multiply_adds(each.problem) for each in known)
+    terms = sum(multiply_adds(each.problem, asked.kept) for each in known)
     of_rows = rows * (problem.traits.head_dim_v * problem.traits.dtype_bytes + _FLOAT_BYTES)
     inputs = io_bytes(replace(problem, family="backward"))
     matrix = score_bytes(problem)
     return Backward(
-        again=_cost(2 * terms, sum(_moved(each, asked.machine) for each in known), of_rows),
+        again=_cost(2 * terms, sum(_moved(each, asked) for each in known), of_rows),
         kept=_cost(
             2 * _BACKWARD_PRODUCTS * _scores(problem) * columns / 2,
             inputs + _BACKWARD_MATRICES * matrix,

@@ -78,7 +78,7 @@ def find(asked: Asked) -> CallFacts:
     kernels = [_kernel(kernel, machine.limits) for kernel in asked.kernels.values()]
     forward, floor = asked.forward, None
     if forward.prediction is not None:
-        floor = Number(floor_ms(machine, forward.problem)["floor"], "model", "ms")
+        floor = Number(floor_ms(machine, forward.problem, asked.kept)["floor"], "model", "ms")
     return CallFacts(
         gpu=machine.name,
         arch=machine.arch,

@@ -27,11 +27,12 @@ from numflash.selection.layout import (
 )
 
 from ...lengths import sequences_of
-from ...model import block_clocks
+from ...model import Kept, block_clocks
 from ...model.clocks import BlockClocks
+from ...model.kept import kinds_of_tiles
 from ...records import ResourceUsage
 from ..asked import Asked, Kernel, NotShownError
-from .block_masks import Blocks, block_mask, tiles_of_lists, with_blocks
+from .block_masks import tiles_of_lists
 
 MOST_PLACES = 2**22
 """Of more, nobody follows each."""
@@ -51,7 +52,7 @@ class Laid:
         fit: blocks that fit on an SM.
         owns_keys: whether blocks own keys and walk over queries.
         launch: of sequences of one length, else None.
-        blocks: the block mask, where there is one that was read.
+        kept: the block mask, where there is one that was read; its rows are the tiling's.
         listed: the places of sequences that have lengths of their own.
         notes: what is drawn, where that is not all, and what stands for numbers that were not
             read.
@@ -66,7 +67,7 @@ class Laid:
     fit: int
     owns_keys: bool
     launch: Launch | None = None
-    blocks: Blocks | None = None
+    kept: Kept | None = None
     listed: Places | None = None
     notes: tuple[str, ...] = ()
 
@@ -140,9 +141,9 @@ def places_of(found: Laid, num_heads_q: int) -> tuple[Places, np.ndarray]:
     if count > MOST_PLACES:
         raise NotShownError(f"{count:,} walks are more than are followed one by one")
     at = places(launch)
-    if found.blocks is None:
+    if found.kept is None:
         return at, at.tiles
-    return at, tiles_of_lists(at, launch, found.blocks, num_heads_q)
+    return at, tiles_of_lists(at, launch, found.kept, num_heads_q)
 
 
 def clocks_of(asked: Asked, kernel: Kernel, found: Laid) -> BlockClocks:
@@ -152,8 +153,9 @@ def clocks_of(asked: Asked, kernel: Kernel, found: Laid) -> BlockClocks:
         NotShownError: the model knows none.
     """
     resources = ResourceUsage(0, 0, 0, kernel.config.num_threads, found.fit, "")
+    args = kernel.problem, kernel.config, resources, kernel.code
     try:
-        return block_clocks(asked.machine, kernel.problem, kernel.config, resources, kernel.code)
+        return block_clocks(asked.machine, *args, asked.kept)
     except ValueError as error:
         raise NotShownError(f"the model has no clocks of this kernel: {error}") from error
 
@@ -172,15 +174,15 @@ def _dense(asked: Asked, kernel: Kernel) -> Laid:
         in_flight = heads_of_backward(asked.problem, asked.machine.l2_bytes)
     launch = launch_of(kernel.config, asked.problem, pack, in_flight)
     tiling, by_keys, kinds, notes = launch.tiling, owns_keys(order), None, []
-    blocks = None
-    if asked.problem.blocks is not None:
-        blocks = block_mask(asked, by_keys)
-        if blocks is None:
-            notes.append("the lists of the block mask were not read: all blocks are taken as kept")
-        elif tiling.rows and tiling.columns:
-            kinds = with_blocks(tiling, blocks)
-            if blocks.kinds[..., 0, 0].size > 1:
+    kept = asked.kept
+    if kept is not None:
+        kept = kept.by_keys if by_keys else kept
+        if tiling.rows and tiling.columns:
+            kinds = kinds_of_tiles(tiling, kept.kinds[0, 0], kept.size)
+            if kept.kinds[..., 0, 0].size > 1:
                 notes.append("of batch entry 0, head 0")
+    elif asked.problem.blocks is not None:
+        notes.append("the lists of the block mask were not read: all blocks are taken as kept")
     count = launch.heads * launch.splits
     if order != "dealt keys":
         count *= tiling.row_tiles * (1 + (order == "dV and dK apart"))
@@ -194,7 +196,7 @@ def _dense(asked: Asked, kernel: Kernel) -> Laid:
         _fit(kernel),
         by_keys,
         launch=launch,
-        blocks=blocks,
+        kept=kept,
         notes=tuple(notes),
     )
 

@@ -156,9 +156,9 @@ def find(asked: Asked, kernel: Kernel) -> ResourceFacts:
     parts: list[tuple[str, float]] = []
     if found is not None:
         predicted = Number(found.ms, "model", "ms")
-        floor = Number(floor_ms(asked.machine, kernel.problem)["floor"], "model", "ms")
+        floor = Number(floor_ms(asked.machine, kernel.problem, asked.kept)["floor"], "model", "ms")
         parts = sorted(found.parts.items(), key=lambda part: -part[1])
-        roofline = _roofline(asked.machine, kernel)
+        roofline = _roofline(asked, kernel)
     return ResourceFacts(
         predicted=predicted,
         measured=None if measured is None else Number(measured, "measured", "ms"),
@@ -171,15 +171,16 @@ def find(asked: Asked, kernel: Kernel) -> ResourceFacts:
     )
 
 
-def _roofline(machine: Machine, kernel: Kernel) -> Roofline | None:
+def _roofline(asked: Asked, kernel: Kernel) -> Roofline | None:
     """TFLOP/s over FLOP a byte."""
     problem, config, predicted = kernel.problem, kernel.config, kernel.prediction
-    terms = multiply_adds(problem)
+    machine, kept = asked.machine, asked.kept
+    terms = multiply_adds(problem, kept)
     if not terms:
         return None
-    flop, parts = 2 * terms, floor_ms(machine, problem)
+    flop, parts = 2 * terms, floor_ms(machine, problem, kept)
     slots = machine.num_sms * predicted.blocks_per_sm
-    moved = memory_bytes(problem, config, lay(problem, config), slots, machine.l2_bytes)
+    moved = memory_bytes(problem, config, lay(problem, config, kept), slots, machine.l2_bytes)
     least = flop / standard_bytes(problem)
 
     def tera(flop_per_ms: float, origin="model") -> Number:

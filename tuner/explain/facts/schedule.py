@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...model.clocks import BlockClocks
-from ...model.dispatch import Schedule, dispatched, persistent
+from ...model.dispatch import Schedule, dispatched
 from ..asked import Asked, Kernel, NotShownError
 from ..numbers import Number
 from .laid import clocks_of, laid, places_of
@@ -124,11 +124,7 @@ class _Spans(NamedTuple):
 
 def _played(tiles: np.ndarray, clocks: BlockClocks, sms: int) -> _Spans:
     """The walks in time. Of very many blocks those between the first and last waves are one."""
-    place, resident = clocks.place, clocks.resident
-    if clocks.persistent:
-        found = persistent(tiles, place, sms, resident, clocks.start)
-    else:
-        found = dispatched(tiles, place, sms, resident)
+    found = clocks.played(tiles, sms)
     spans = _Spans(found.slot * sms + found.sm, found.start, found.end, tiles[found.number])
     return spans if len(found.number) == len(tiles) else _joined(spans, found, tiles)
 
