@@ -86,7 +86,7 @@ class Explanation(Selection):
             )
         if self.geometry.num_splits > 1:
             lines.append(f"  the keys are split over {self.geometry.num_splits} blocks")
-        if (cluster := getattr(self.forward.config, "cluster", 1)) > 1:
+        if (cluster := self.forward.config.cluster) > 1:
             lines.append(f"  the {cluster} blocks of a cluster fetch K and V for each other")
         others = [x for x in (self.combine, self.in_16_bits) if x is not None]
         lines += map(str, others)

@@ -186,9 +186,7 @@ def _laid_out(request: Request, selection: Selection, beside: Beside | None) -> 
             "tiles": SplitTiles(tile, geometry.pack),
         }
         blocks = num_blocks("the problem", room.split_tiles * tile, heads, 1)
-        # Where no tile has keys enough for two parts there is nothing to combine.
-        if blocks:
-            combine = {"combine": _combine(request, selection, arguments | of_parts, blocks)}
+        combine = {"combine": _combine(request, selection, arguments | of_parts, blocks)}
     elif num_splits > 1:
         row = choice.traits.head_dim_v
         heads = problem.num_heads_q * row

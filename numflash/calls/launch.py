@@ -67,7 +67,7 @@ class Launcher:
         Args:
             config, traits: which kernel.
             device: ordinal of the CUDA device.
-            num_blocks: blocks of the grid.
+            num_blocks: blocks of the grid; with none nothing is compiled, and nothing launched.
             arguments: by parameter name: a record, a number, a `Mapped`, or for a pointer the name
                 of an operand or None, as a record has it too. A number may also be the name of one
                 that `bind` gets. A pointer that is not among them is the operand of its name;
@@ -80,7 +80,7 @@ class Launcher:
     def build(self):
         """Compile (or find) the kernel, load it and pack its scalar arguments, if not yet done."""
         if self._launch is None:
-            self._launch = self._built()
+            self._launch = self._built() if self._num_blocks else NoLaunch()
         return self._launch
 
     def replace(self, make: Callable[[dict[str, object]], Kernel]) -> None:
@@ -130,6 +130,14 @@ class Launcher:
         arguments.
         """
         return self.build().bind(operands)
+
+
+class NoLaunch:
+    """A launch without blocks, which the driver would refuse."""
+
+    def bind(self, operands):
+        """See `Launcher.bind`."""
+        return lambda stream: None
 
 
 class Fill:

@@ -94,11 +94,13 @@ class Lettered:
     Attributes:
         prefix: of the string form, before the fields.
         example: a string form, for errors.
+        cluster: blocks of a cluster; a field where there may be several.
     """
 
     family: ClassVar[str]
     prefix: ClassVar[str] = ""
     example: ClassVar[str]
+    cluster: ClassVar[int] = 1
 
     def __str__(self) -> str:
         # In one loop and without calls: a choice of kernels writes every config that it rejects.

@@ -112,8 +112,8 @@ def blocks_at_once(config: MmaConfig, num_sms: int, room: int) -> int:
     They are a multiple of those of a cluster, and at least one cluster; an SM has `room` for so
     many.
     """
-    cluster = getattr(config, "cluster", 1)
-    return max(1, sms_of_persistent_kernels(num_sms) * room // cluster) * cluster
+    at_once = sms_of_persistent_kernels(num_sms) * room
+    return max(1, at_once // config.cluster) * config.cluster
 
 
 def heads_of_a_bundle(config: MmaConfig, fits: int, heads: int, num_sms: int, sharing: int) -> int:
@@ -236,7 +236,7 @@ def tiles_listed(
     `ListShape` has it.
     """
     # Of queries, also where blocks own keys: those add dQ of such a tile in turn.
-    own = config.tile_m * getattr(config, "cluster", 1)
+    own = config.tile_m * config.cluster
     other = getattr(config, "stage_n", config.tile_n)
     if by_keys:
         own, other = config.tile_n, config.tile_m
@@ -266,10 +266,10 @@ def blocks_of(
 
     The blocks of a cluster own one together.
     """
-    cluster = getattr(config, "cluster", 1)
+    heads *= config.cluster
     if problem.lengths is not None:
         listed = listed or problem.list_shape(config.block_rows, 1, pack, by_keys)
         records = most_records(problem.lengths, listed)
-        return num_blocks("the problem", records, heads * cluster, 1)
+        return num_blocks("the problem", records, heads, 1)
     rows = problem.seqlen_k if by_keys else problem.seqlen_q * pack
-    return problem.num_blocks(rows, heads * cluster, config.block_rows)
+    return problem.num_blocks(rows, heads, config.block_rows)

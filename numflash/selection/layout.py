@@ -292,7 +292,7 @@ def launch_of(
         ValueError: its blocks own no tiles of queries or keys, or are in clusters, which own one
             together.
     """
-    if getattr(config, "cluster", 1) > 1:
+    if config.cluster > 1:
         raise ValueError(f"where blocks of {config} work, in clusters, is not followed")
     order, queries, keys = order_of(config), problem.seqlen_q, problem.seqlen_k
     lo, hi, splits = problem.band_lo, problem.band_hi, getattr(config, "num_splits", 1)

@@ -38,7 +38,8 @@ class Status(int):
     @property
     def name(self):
         """As in the driver's header."""
-        return {0: "CUDA_SUCCESS", 2: "CUDA_ERROR_OUT_OF_MEMORY"}.get(self, "CUDA_ERROR_UNKNOWN")
+        names = {0: "SUCCESS", 1: "ERROR_INVALID_VALUE", 2: "ERROR_OUT_OF_MEMORY"}
+        return f"CUDA_{names.get(self, 'ERROR_UNKNOWN')}"
 
 
 OK = Status(0)
@@ -210,6 +211,8 @@ class Driver:
         if (function, self.device) not in self.loaded:
             self.loaded_lazily.append(kernel)
         self.calls.append(("cuLaunchKernel", kernel))
+        if 0 in geometry[:6]:
+            return (Status(1),)
         launched = Launch(kernel, tuple(geometry), stream, parameters, extra, self.maps)
         self.launches.append(launched)
         return (self.launch_status,)

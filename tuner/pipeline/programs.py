@@ -68,7 +68,7 @@ def program_of(config: Config, traits: Traits, walks: int | Sequence[Walk]) -> P
     """
     walks = (Walk(walks),) if isinstance(walks, int) else tuple(walks)
     kind = type(config)
-    if kind not in _PROGRAMS or getattr(config, "cluster", 1) > 1:
+    if kind not in _PROGRAMS or config.cluster > 1:
         raise ValueError(f"no program is known for the kernel of {config.family} {config}")
     if len(walks) != 1 and kind not in _WALK_OFTEN:
         raise ValueError(f"a block of {config.family} {config} walks once, got {len(walks)} walks")

@@ -117,7 +117,7 @@ def laid(asked: Asked, kernel: Kernel) -> Laid:
         NotShownError: there are no scores, or blocks are in clusters.
     """
     problem = asked.problem
-    if getattr(kernel.config, "cluster", 1) > 1:
+    if kernel.config.cluster > 1:
         raise NotShownError("its blocks are in clusters, and where those work is not drawn")
     if not problem.batch * problem.num_heads_q:
         raise NotShownError("there are no heads, so there is nothing to draw")
