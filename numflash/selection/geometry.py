@@ -112,8 +112,8 @@ def blocks_at_once(config: MmaConfig, num_sms: int, room: int) -> int:
     They are a multiple of those of a cluster, and at least one cluster; an SM has `room` for so
     many.
     """
-    cluster = getattr(config, "cluster", 1)
-    return max(1, sms_of_persistent_kernels(num_sms) * room // cluster) * cluster
+    at_once = sms_of_persistent_kernels(num_sms) * room
+    return max(1, at_once // config.cluster) * config.cluster
 
 
 def heads_of_a_bundle(config: MmaConfig, fits: int, heads: int, num_sms: int, sharing: int) -> int:
