@@ -115,6 +115,6 @@ def first_failure(problems: dict[str, GradientProblem], monkeypatch) -> str | No
         try:
             if not problems[name].is_solved(seed, monkeypatch):
                 return f"{name}: wrong result with seed {seed}"
-        except (SimulationError, DeadlockError) as error:
+        except (SimulationError, DeadlockError, IndexError) as error:
             return f"{name}: {type(error).__name__} with seed {seed}: {error}"
     return None
