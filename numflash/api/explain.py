@@ -141,8 +141,9 @@ def explain(
         q, k, v: as for `numflash.attention`.
         gpu: answer for a GPU that need not be here, as `arch` of `explain_dispatch`.
         to: the page to write, an HTML file; None writes none.
-        data: whether the page may read elements of the arrays, for errors and scales. False reads
-            their metadata only; the page then shows samples of its own, and says so.
+        data: whether the page may read elements of the arrays, for errors, scales and the lists of
+            a block mask. False reads their metadata only; the page then shows samples of its own,
+            takes all blocks of a mask as kept, and says so.
         options: as for `explain_dispatch`.
 
     Returns:

@@ -221,13 +221,14 @@ def test_k_and_v_that_are_given_back_early_are_overwritten(hopper, monkeypatch):
     assert first_failure(PROBLEMS, monkeypatch)
 
 
-def test_the_counter_is_0_again(hopper, monkeypatch):
+def test_the_counter_and_all_turns_are_0_again(hopper, monkeypatch):
     """Kernels that are timed are launched again without what clears their workspaces."""
     hopper(3)
-    bind = Backward.bind
+    bind, turns = Backward.bind, []
 
     def bound(self, operands, library):
         results, launches = bind(self, operands, library)
+        turns.append(launches["fill turns"]._operand.array)
         for again in range(2):
             launches[f"backward {again}"] = launches["backward"]
         return results, launches
@@ -235,3 +236,5 @@ def test_the_counter_is_0_again(hopper, monkeypatch):
     expected = gradients("causal", "-persistent", 0, 2, monkeypatch)
     monkeypatch.setattr(Backward, "bind", bound)
     assert gradients("causal", "-persistent", 1, 2, monkeypatch) == expected
+    # A counter that is too large leaves results as they are: blocks find no places.
+    assert len(turns) == 1 and not turns[0].any()

@@ -23,11 +23,19 @@ CONFIGS = {
     ),
 }
 GRADIENTS = {
-    "sm_75": {"backward-dq": "sm75-m16n16w1s1", "backward-dkdv": "sm75-m16n16w1s1-apart"},
-    "sm_80": {"backward-dq": "sm80-m16n32w1s3", "backward-dkdv": "sm80-m16n32w1s3-apart"},
-    "sm_89": {"backward-dq": "m8n8w1", "backward-dkdv": "m16n8w1"},
-    "sm_90a": {"backward-dq": "sm90-m64n16w4s2", "backward-dkdv": "sm90-m32n64w4s2"},
+    "sm_75": ({"backward-dq": "sm75-m16n16w1s1", "backward-dkdv": "sm75-m16n16w1s1-apart"},),
+    "sm_80": (
+        {"backward-dq": "sm80-m16n32w1s3", "backward-dkdv": "sm80-m16n32w1s3-apart"},
+        {"backward": "sm80-m32n64w4s1x2"},
+    ),
+    "sm_89": ({"backward-dq": "m8n8w1", "backward-dkdv": "m16n8w1"},),
+    "sm_90a": (
+        {"backward-dq": "sm90-m64n16w4s2", "backward-dkdv": "sm90-m32n64w4s2"},
+        {"backward": "sm90-m64n64w4s2"},
+        {"backward": "sm90-m64n64w4s2-persistent"},
+    ),
 }
+"""Configs of gradients in two kernels, or in one."""
 _LENGTHS = 0, 0, 1, 2, 7, 16, 63, 64, 65, 129, 500, 4096, 70_001
 _HEADS = (1, 1), (2, 1), (4, 4), (6, 2), (16, 1), (40, 8)
 _DIMS = (16, 16), (64, 64), (128, 128), (128, 64), (72, 8), (192, 128), (256, 256), (1, 5)
@@ -67,7 +75,7 @@ def _options(rng: Random, heads: int) -> dict:
 def _configs(rng: Random, arch: str) -> tuple[str | None, dict | None]:
     """Of the forward and of gradients."""
     forward = rng.choice(CONFIGS[arch]) if rng.random() < 0.5 else None
-    return forward, rng.choice([None, None, GRADIENTS[arch]])
+    return forward, rng.choice([None, None, rng.choice(GRADIENTS[arch])])
 
 
 def dense(rng: Random, arch: str) -> None:

@@ -26,6 +26,7 @@ class ScheduleFacts:
 
     Attributes:
         persistent: whether a block takes one tile of rows after another.
+        draws: whether that is the next one that nobody has; else they are dealt out.
         blocks, places: of the launch, and the walks that they do.
         sms, resident, slots: multiprocessors, blocks that share one, and their product.
         drawn: (lane, start, end, tiles, quarter) of walks, an array each; start and end in
@@ -43,6 +44,7 @@ class ScheduleFacts:
     """
 
     persistent: bool
+    draws: bool
     blocks: Number
     places: Number
     sms: Number
@@ -91,6 +93,7 @@ def find(asked: Asked, kernel: Kernel) -> ScheduleFacts:
     drawn, quarters = _drawn(spans, every)
     return ScheduleFacts(
         persistent=clocks.persistent,
+        draws=clocks.drawn,
         blocks=Number(min(slots, len(tiles)) if clocks.persistent else len(tiles), "counted"),
         places=Number(len(tiles), "counted"),
         sms=Number(sms, "counted"),

@@ -127,10 +127,15 @@ def _legend(facts: ScheduleFacts) -> list[Markup]:
 
 def _said(facts: ScheduleFacts) -> list[object]:
     places, slots, sms = facts.places, facts.slots, facts.sms
-    if facts.persistent:
+    if facts.draws:
+        how = (
+            f"{facts.blocks} persistent blocks draw {places} tiles of rows one by one: who is "
+            "through with a tile takes the next one that nobody has. "
+        )
+    elif facts.persistent:
         how = (
             f"{facts.blocks} persistent blocks deal {places} tiles of rows out among themselves, "
-            "to and fro: who drew the longest in one round draws the shortest in the next. "
+            "to and fro: who has the longest of one round has the shortest of the next. "
             f"Each takes {facts.places.value / facts.blocks.value:.3g}. "
         )
     else:

@@ -18,6 +18,7 @@ from tuner.explain.facts.laid import clocks_of, laid, places_of
 from tuner.explain.sections import schedule as section
 from tuner.explain.sections import timeline as timeline_section
 from tuner.explain.unread import unread
+from tuner.model import clocks
 
 
 @pytest.fixture(autouse=True)
@@ -80,15 +81,40 @@ def test_of_very_many_blocks_the_waves_between_are_one(monkeypatch):
     call = asked("A100", (16, 4096, 32, 64), causal=True)
     kernel = call.forward
     exact = facts.find(call, kernel)
-    monkeypatch.setattr(facts, "dispatched", _few(facts.dispatched))
+    played = []
+    monkeypatch.setattr(clocks, "dispatched", _few(clocks.dispatched, played))
     found = facts.find(call, kernel)
+    assert len(played) == 1 and played[0] < 4000
     assert found.places == exact.places and found.places.value == 16 * 32 * 32
     assert found.finish.value == pytest.approx(exact.finish.value, rel=0.02)
     assert found.busy.value == pytest.approx(exact.busy.value, abs=0.02)
 
 
-def _few(dispatched):
-    return lambda *arguments: dispatched(*arguments, most_played=2000)
+def _few(dispatched, played):
+    """`dispatched` that plays few blocks; `played` gets how many."""
+
+    def few(*arguments, **more):
+        found = dispatched(*arguments, most_played=2000, **more)
+        played.append(len(found.number))
+        return found
+
+    return few
+
+
+@pytest.mark.parametrize("letters", ["", "-persistent"])
+def test_how_blocks_come_to_their_tiles_is_said(letters):
+    """Those of the forward are dealt out; those of the backward start in order, or draw."""
+    call = asked(
+        "H200", (2, 4096, 8, 128), causal=True, config={"backward": f"sm90-m64n128w8s2{letters}"}
+    )
+    said = {}
+    for name in ("forward", "backward"):
+        (figure,) = section.figures(facts.find(call, call.kernels[name]))
+        said[name] = document("page", arranged([figure]))
+    assert "deal 512 tiles of rows out" in said["forward"]
+    drawn = "132 persistent blocks draw 512 tiles of rows one by one"
+    assert (drawn in said["backward"]) == bool(letters)
+    assert ("512 blocks start in their order" in said["backward"]) == (not letters)
 
 
 def test_clusters_are_not_drawn():
