@@ -230,6 +230,8 @@ def _questions(limits: Architecture) -> list[dict]:
 def _questions_of_gradients(limits: Architecture) -> list[dict]:
     """One kernel or two, how long each of two takes, and how the one adds dQ, on Hopper.
 
+    With a causal mask also whether blocks that draw one place after another are faster.
+
     dK and dV alone have four of the five products, and nothing of dQ: if shared memory binds as
     the tuner's model says, they are as much faster than the whole as their bytes are fewer.
     """
@@ -246,6 +248,8 @@ def _questions_of_gradients(limits: Architecture) -> list[dict]:
         ways = [(two, "two kernels"), ({"backward": fused}, "one kernel for all")]
         if implementation_of(fused).blocks_to_fuse is not None:
             ways.reverse()
+        if head_dim == 128 and causal:
+            ways.append(({"backward": replace(fused, persistent=True)}, "blocks that draw places"))
         labels = {ablation.variants_named(configs): label for configs, label in ways}
         mask = "causal" if causal else "no mask"
         title = f"gradients in one kernel or two at head_dim {head_dim}, {mask}"

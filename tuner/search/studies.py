@@ -42,8 +42,8 @@ _BEAT_SECONDS = 30
 _ORPHANED_SECONDS = 27 * 3600
 # Between a trial's beginning and its claim lies one answer of the sampler.
 _CHOOSING_SECONDS = 20
-_PAUSES_SECONDS = 1, 2, 4
-"""Between attempts to reach a storage that fails."""
+_PAUSES_SECONDS = 1, 2, 4, 8
+"""Between attempts to reach a storage that fails. Servers take up to 10 s to start again."""
 _COUNTED = TrialState.COMPLETE, TrialState.PRUNED
 
 _log = logging.getLogger("numflash")

@@ -109,13 +109,13 @@ def test_a_storage_that_is_gone_is_an_error_and_records_stay():
     storage.failures = 10**6
     with pytest.raises(StorageError, match="numbers can no longer be used: the line is cut"):
         ledger.finish(trial, Record("b", "predicted", predicted_ms=1.0))
-    assert slept == [1, 2, 4]
+    assert slept == [1, 2, 4, 8]
     assert configs_of(ledger) == ["a", "b"] and ledger.tried() == {"a", "b"}
     for use in (ledger.ask, ledger.taken, ledger.give_up_abandoned):
         with pytest.raises(StorageError):
             use()
     ledger.give_up(trial)
-    assert slept == [1, 2, 4]  # nobody waits for it any more
+    assert slept == [1, 2, 4, 8]  # nobody waits for it any more
 
 
 def test_a_journal_that_is_gone_is_named(tmp_path):
