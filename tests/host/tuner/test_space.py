@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from numflash.configs import MmaConfig, Sm90ForwardConfig, Traits, parse_config
+from numflash.configs.wgmma_backward import Sm90BackwardConfig
 from numflash.problem.classes import ProblemClass
 from tests.support.covering import ALL, covering, some, thorough
 from tuner.records import ResourceUsage
@@ -302,6 +303,16 @@ def test_clusters_are_tried_where_a_gpu_judges_and_nowhere_else():
     pairs = [config for config in hopper_configs(measured) if config.cluster == 2]
     assert all(config.registers[1] <= 232 for config in pairs if config.num_warpgroups == 2)
     assert {value_of(config, "cluster") for config in measured.feasible} == {1, 2}
+
+
+def test_blocks_that_draw_places_are_tried_where_a_gpu_judges_and_nowhere_else():
+    predicted = space("backward bfloat16-d64-dv64-vec full q4096 k4096 bh64 g1", "NVIDIA H200")
+    found = []
+    for each in (predicted, replace(predicted, is_measured=True)):
+        configs = [x for x in each.feasible if isinstance(x, Sm90BackwardConfig)]
+        found.append({(x.num_warpgroups, x.persistent) for x in configs})
+    alone = {(groups, False) for groups in (1, 2, 3)}
+    assert found == [alone, alone | {(1, True), (2, True)}]
 
 
 @pytest.mark.parametrize(
