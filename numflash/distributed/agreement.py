@@ -162,12 +162,13 @@ def on_its_way(comms: tuple[Communicator, ...], call: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        fault = f"{call} ended on this rank with {type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {error}"
         for comm in comms:
             if comm.size > 1:
-                comm.agreed.fault = fault
+                comm.agreed.fault = f"{call} ended on this rank with {what}"
+                # So that its peers need not wait for the deadline, where it can tell them.
                 if hasattr(comm, "abandon"):
-                    comm.abandon(fault)  # so that its peers need not wait for the deadline
+                    comm.abandon(f"{call} ended there with {what}")
         raise
 
 
