@@ -58,6 +58,7 @@ CASES = {
         {"window_size": (20, 30), "causal_align": "top_left"},
     ),
     "sequences": ("m64n64w4s2", (99, 240, 2, 1, 32), lengths() | {"causal": True}),
+    # With `MASK`, whose lists a kernel makes: not before a test runs.
     "blocks": ("m64n64w4s2", (190, 250, 1, 1, 32), {}),
 }
 
@@ -66,7 +67,6 @@ def gradients(name: str, letters: str, seed: int, blocks: int, monkeypatch) -> l
     """dQ, dK and dV of a case, of statistics that no kernel has made."""
     config, (seqlen_q, seqlen_k, heads, heads_kv, head_dim), options = CASES[name]
     if name == "blocks":
-        # By kernels, which must not run while tests are collected.
         options = {"block_mask": numflash.BlockMask.from_tiles(MASK, block_size=64)}
     batch = () if name == "sequences" else (1,)
     rng = np.random.default_rng(3)
