@@ -64,7 +64,7 @@ def make_atomic(statement, program):
         if follows and "acquire" in orders:
             warp.tell("acquire", addresses, size * vector, mask)
         held = warp.load(space, addresses, size, vector, mask, "none")
-        # PTX ISA 9.7.13.6: sums of float32 in global memory flush subnormal numbers.
+        # PTX ISA 9.7.13.5: sums of float32 in global memory flush subnormal numbers.
         flush = flushes and is_global
         after = []
         for number, old in enumerate(held):

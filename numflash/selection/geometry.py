@@ -98,7 +98,7 @@ def sms_of_persistent_kernels(num_sms: int) -> int:
     """Multiprocessors for a persistent kernel: but those that NUMFLASH_SPARE_SMS leaves to others.
 
     It starts no more blocks than run together. Where NCCL's kernels hold a multiprocessor, its
-    block begins when they end, with all its tiles still to come.
+    block begins when they end, and unless blocks draw places it has all of its tiles still to do.
 
     Raises:
         ValueError: the switch is no integer from 0 on.

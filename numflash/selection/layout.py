@@ -130,8 +130,7 @@ class Places:
     Attributes:
         block: whose place it is. Blocks begin in the order of their numbers, and a block takes
             its places in the order in which they stand here. Persistent blocks take places as
-            `taken_by` says, whatever this says; those of a backward that draws its places take the
-            next one when they are through with theirs, and this is the number of the place.
+            `taken_by` says, whatever this says; where blocks draw places it is the place's number.
         start: the first row of its tile.
         head: its query head, of all batch entries; the first of those that share the tile.
         split: its share; where dK and dV are apart 0 is dV and 1 is dK.

@@ -97,6 +97,9 @@ class Communicator(Protocol):
     (the simulator, gloo) the wait blocks. Messages between two ranks arrive in the order in which
     they are posted, on both sides alike.
 
+    A communicator may also have `abandon(why)`: tell the others at once that a call of this rank
+    ended in an error. Without it they learn that at the group's deadline.
+
     Attributes:
         rank: this rank's number.
         size: how many ranks there are.
