@@ -45,8 +45,8 @@ def st_release_gpu_u32(target: Global(u32, "offset"), offset: i64, x: u32):
 def atom_inc_gpu_u32(target: Global(u32, "offset"), offset: i64, last: u32) -> u32:
     """target[offset], which is one more afterwards, or 0 where it was `last` or more.
 
-    No two threads get the same number. It says nothing of what others have done before. PTX ISA
-    9.7.13.6.
+    Until it is 0 again no two threads get the same number. It says nothing of what others have
+    done before. PTX ISA 9.7.13.5.
     """
     thread = current_thread()
     thread.block.patience.polls = 0
