@@ -241,6 +241,7 @@ def test_sass(capsys):
     assert "EXIT" in sass.opcodes(text)
 
 
+@thorough
 def test_ptx(capsys):
     text = printed(capsys, *SMALL, "--ptx")
     for part in (".target sm_80", "mma.sync.aligned.m16n8k16", "cp.async.cg", ".maxntid 32"):
@@ -354,6 +355,7 @@ def test_no_sass_without_a_disassembler(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@thorough
 def test_a_report_of_a_config_that_no_block_can_have():
     config = ForwardConfig.parse("m64n64w4")
     report = inspect_kernel(config, TRAITS, ARCHITECTURES["sm_75"])

@@ -94,6 +94,7 @@ WITH_SCALES = [
 ]
 
 
+@thorough
 @pytest.mark.parametrize(("family", "text"), some(WITH_SCALES, WITH_SCALES[1]))
 def test_scales_are_divided_as_ieee_says(family, text):
     ptx = compile_ptx(

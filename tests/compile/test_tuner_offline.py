@@ -257,6 +257,7 @@ def test_after_a_kill_the_second_start_goes_on(cache, whole_group, sampler):
     first.stderr.close()
 
 
+@thorough
 def test_ctrl_c_remembers_the_best_reports_and_says_how_to_go_on(cache, tmp_path):
     # So many that the machine may be slow to look: it cannot be over by then.
     process = start(cache, "--trials", 60, "--report", tmp_path / "r.html", pause=0.6)
@@ -308,6 +309,7 @@ def test_two_processes_at_once_try_nothing_twice(cache):
     assert len(entries(cache)) == 1
 
 
+@thorough
 def test_a_damaged_cache_is_set_aside_and_the_run_succeeds(cache):
     tune(cache, "--trials", 2, "--quiet")
     (path,) = (cache / "configs").glob("*.json")

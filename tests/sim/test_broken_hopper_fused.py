@@ -270,6 +270,7 @@ def ideas_of_lists() -> list:
     ]
 
 
+@thorough
 @pytest.mark.parametrize(("part", "mutation", "name"), ideas_of_lists())
 def test_broken_lists_are_caught(part, mutation, name, monkeypatch):
     chain = [module_of(each) for each in LISTED[LISTED.index(part) :]]

@@ -109,6 +109,7 @@ def test_accumulators_have_the_bits_of_their_scores(m_tiles, n_tiles, by_row):
     np.testing.assert_array_equal(found, expected)
 
 
+@thorough
 @pytest.mark.parametrize("by_row", [True, False], ids=["by_row", "by_column"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 2), (2, 3), (4, 2), (4, 3), (8, 4)])
 def test_portable_tiles_have_the_bits_of_their_scores(rows, columns, by_row):

@@ -151,6 +151,7 @@ def test_generate():
     assert done.stdout.count("  ok\n") == 5
 
 
+@thorough
 def test_train_block(monkeypatch):
     """The loss falls, and gradients are those of the loss: here in float32, along themselves.
 

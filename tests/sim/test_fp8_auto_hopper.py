@@ -43,6 +43,7 @@ def arrays(batch, seqlen_q, seqlen_k, heads_q=4):
     return q, k, v
 
 
+@thorough
 @pytest.mark.usefixtures("shipped_kernels")
 @pytest.mark.parametrize(
     ("scales", "sizes"),

@@ -6,7 +6,7 @@ import pytest
 import numflash
 from numflash.functions.trace import trace
 from numflash.math import floor
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 
 SEQLEN_Q, SEQLEN_K = 24, 40
 RNG = np.random.default_rng(0)
@@ -37,6 +37,7 @@ def of_tiles():
     return numflash.BlockMask.from_tiles(tiles, **sizes)
 
 
+@thorough
 @pytest.mark.parametrize("others", [{"mask": MASK}, {"mask_mod": by_threes}], ids=[*"ab"])
 @pytest.mark.parametrize("blocks", [lambda: of_blocks(in_blocks), of_tiles], ids=["made", "full"])
 def test_full_blocks_do_not_silence_other_masks(blocks, others):

@@ -91,7 +91,7 @@ def test_bits_are_those_of_blocks_with_a_place_each(name, hopper, monkeypatch):
     hopper(132)
     expected = gradients(name, "", 0, 1, monkeypatch)
     ways = [(1, 1), (2, 2), (3, 1), (3, 2), (5, 5)]
-    for number, (num_sms, blocks) in enumerate(ways if ALL else ways[1:4]):
+    for number, (num_sms, blocks) in enumerate(ways if ALL else ways[1:2]):
         hopper(num_sms)
         for seed in range(3 if ALL else 1):
             found = gradients(name, "-persistent", 10 * number + seed, blocks, monkeypatch)
@@ -227,7 +227,7 @@ def test_k_and_v_that_are_given_back_early_are_overwritten(hopper, monkeypatch):
 
 def test_the_counter_and_all_turns_are_0_again(hopper, monkeypatch):
     """Kernels that are timed are launched again without what clears their workspaces."""
-    hopper(3)
+    hopper(2)
     bind, turns = Backward.bind, []
 
     def bound(self, operands, library):
@@ -237,8 +237,8 @@ def test_the_counter_and_all_turns_are_0_again(hopper, monkeypatch):
             launches[f"backward {again}"] = launches["backward"]
         return results, launches
 
-    expected = gradients("causal", "-persistent", 0, 2, monkeypatch)
+    expected = gradients("unseen", "-persistent", 0, 2, monkeypatch)
     monkeypatch.setattr(Backward, "bind", bound)
-    assert gradients("causal", "-persistent", 1, 2, monkeypatch) == expected
+    assert gradients("unseen", "-persistent", 1, 2, monkeypatch) == expected
     # A counter that is too large leaves results as they are: blocks find no places.
     assert len(turns) == 1 and not turns[0].any()

@@ -74,6 +74,7 @@ def test_a_part_of_the_heads_and_queries_computes_its_share(on, name, slopes):
     np.testing.assert_allclose(exact[0], everything[0][:, rows, heads], rtol=1e-12)
 
 
+@thorough
 def test_the_gradients_of_parts_are_those_of_the_whole():
     q, k, v, dout = (x[:, :13, : x.shape[2] // 2] for x in inputs("float32", 16))
     slopes = SLOPES["by batch entry"][:, :4]

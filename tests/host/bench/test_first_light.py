@@ -22,7 +22,7 @@ from bench.studies import static
 from numflash.configs import parse_config
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.selection.rules import force
-from tests.support.covering import ALL, FULL, some
+from tests.support.covering import ALL, FULL, some, thorough
 from tuner.measuring import clocks
 
 LIMITS = ARCHITECTURES["sm_90a"]
@@ -338,6 +338,7 @@ def test_a_worker_that_begins_slowly_is_waited_for(monkeypatch, visit, steps, ca
     assert {step["outcome"] for step in visit.record["steps"]} == {"done"}
 
 
+@thorough
 def test_a_parent_that_dies_at_a_step_leaves_what_was_done(visit, steps, monkeypatch, capsys):
     # At each kind of step, and the last, two copies of the process die while they write the step's
     # result: before the record is replaced, and between the record and the page.

@@ -195,6 +195,7 @@ def test_there_are_no_kernels_in_the_simulator():
     assert engine.device is None and "simulator" in engine.reason
 
 
+@thorough
 def test_kernels_are_measured_where_they_run():
     options = fp8_kernels.kernel_options()
     assert options["fp8-both"] == {"precision": "fp8", "fp8": BY_NAME["fp8-both"].recipe}
@@ -277,6 +278,7 @@ def test_the_requirement_is_on_both_figures(gain, rmse, verdict):
     assert fp8_section.requirement({"inputs": [{**case, "seqlen": 4096}]}) is None
 
 
+@thorough
 def test_the_report_writes_its_part_and_nothing_else(quick, tmp_path):
     _, found, _ = quick
     on_gpu = tmp_path / fp8_section.FILE_NAME

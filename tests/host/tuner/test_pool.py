@@ -76,6 +76,7 @@ def test_every_config_gets_its_answer_and_processes_are_used_again():
     assert len(processes) <= 2 and os.getpid() not in processes
 
 
+@thorough
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c_does_not_reach_a_compiler_that_is_starting():
     with CompilePool("sm_80", 1, work=examine_signals) as pool:

@@ -15,12 +15,14 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from numflash.runtime.files import locked
+from tests.support.covering import thorough
 from tests.support.ledgers import configs_of, expect_each_once, keep, ledger_of, start, tried
 from tuner.records import Record
 from tuner.search import owners
 from tuner.search.studies import ENVIRONMENT, Ledger, StorageError
 
 
+@thorough
 def test_two_processes_share_a_journal_and_try_nothing_twice(tmp_path):
     path = tmp_path / "study.journal"
     configs = tried(start(path, 0.02), start(path, 0.02))
@@ -28,6 +30,7 @@ def test_two_processes_share_a_journal_and_try_nothing_twice(tmp_path):
     expect_each_once(ledger_of(path))
 
 
+@thorough
 def test_after_a_kill_the_next_process_goes_on(tmp_path):
     path = tmp_path / "study.journal"
     worker = start(path, 0.3)

@@ -9,7 +9,7 @@ from numflash.distributed import Layout, attention, attention_backward, blocks
 from numflash.distributed.whole import pinned_config
 from numflash.problem.options import AttentionOptions
 from numflash.runtime.numpy_arrays import NumPy
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 from tests.support.ranks import on_ranks
 
 TOKENS, HEADS_Q, HEADS_KV, BLOCK = 40, 4, 2, 16
@@ -97,6 +97,7 @@ def test_a_ring_gives_what_one_gpu_gives(name):
         np.testing.assert_allclose(found, x, rtol=2e-3, atol=2e-3)
 
 
+@thorough
 @pytest.mark.parametrize("method", some(["gather", "heads", "ring", "queries"], "queries"))
 @pytest.mark.parametrize("name", some(ASKED, "function"))
 def test_gradients_are_those_of_one_gpu(name, method):

@@ -14,7 +14,7 @@ from numflash.distributed.memory import memory_of_gather, memory_of_heads
 from numflash.distributed.pairs import Band
 from numflash.distributed.sizes import Sizes
 from numflash.distributed.turns import share_of
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 from tests.support.ranks import on_ranks
 
 TOKENS, RANKS, CAUSAL = 24, 2, Band(None, 0)
@@ -81,7 +81,7 @@ def held(
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("max_workspace", [None, 0, 10**6])
+@pytest.mark.parametrize("max_workspace", some([None, 0, 10**6], 0))
 def test_gather(peaks, backward, max_workspace):
     """Two buffers of a group of heads; one where all heads are one group."""
     layout = Layout.zigzag(TOKENS, RANKS)
@@ -96,7 +96,9 @@ def test_gather(peaks, backward, max_workspace):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize(("ranks", "heads_q", "heads_kv"), [(2, 2, 2), (4, 4, 2), (4, 4, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "heads_q", "heads_kv"), some([(2, 2, 2), (4, 4, 2), (4, 4, 1)], (2, 2, 2))
+)
 def test_heads(peaks, backward, ranks, heads_q, heads_kv):
     """Also with ranks that share a key-value head, of which each has a copy."""
     sizes = WHOLE._replace(heads_q=heads_q, heads_kv=heads_kv)
@@ -107,6 +109,7 @@ def test_heads(peaks, backward, ranks, heads_q, heads_kv):
     assert {taken for taken, _ in found} == {memory["heads of all tokens"]}
 
 
+@thorough
 @pytest.mark.parametrize("backward", some([False, True], True))
 def test_gather_of_many_messages(peaks, monkeypatch, backward):
     """Besides, what leaves and what arrives, put together."""

@@ -52,6 +52,7 @@ def on(
     return on_ranks(layout.ranks, work)[0]
 
 
+@thorough
 @pytest.mark.parametrize("option", some(OPTIONS, "features"))
 def test_one_sequence(option):
     options = OPTIONS[option]

@@ -5,7 +5,7 @@ import pytest
 
 from numflash.distributed import packing
 from tests.sim.distributed.test_methods import ASKED, comms_of, inputs, layout_of, results_of
-from tests.support.covering import ALL, some
+from tests.support.covering import ALL, some, thorough
 
 
 @pytest.fixture
@@ -20,6 +20,7 @@ def packed(monkeypatch):
     packing.are_packed.cache_clear()
 
 
+@thorough
 @pytest.mark.parametrize("wire", some([None, "e4m3"], None))
 def test_the_bits_are_the_same(packed, wire):
     asked, ranks = ASKED["documents"], 3 if ALL else 2

@@ -41,6 +41,7 @@ def travelled(wire, cuts, k, v):
     return arrived
 
 
+@thorough
 @pytest.mark.parametrize("wire", some(WIRES, None, "e4m3"), ids=str)
 def test_what_arrives_does_not_depend_on_who_owns_what(wire, on):
     on("sm_80")

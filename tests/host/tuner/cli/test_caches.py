@@ -13,6 +13,7 @@ from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.selection import store
 from numflash.selection.entries import Entry
+from tests.support.covering import thorough
 from tests.support.tuning_entries import A100, CLASS, OFFLINE, SMALL, T4
 from tuner import cli
 from tuner.search import session
@@ -181,6 +182,7 @@ def test_bad_arguments_of_subcommands_are_one_line(refused, argv, words):
     assert words in refused(*argv)
 
 
+@thorough
 def test_it_is_a_module_too():
     finished = subprocess.run(
         [sys.executable, "-m", "numflash_tuner", *OFFLINE, "--trials", "0"],
