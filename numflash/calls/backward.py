@@ -287,7 +287,7 @@ class Backward:
             blocks = problem.num_blocks(problem.seqlen_k, problem.num_heads_kv, config.tile_n)
         elif problem.seqlen_k:
             blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
-        if getattr(config, "persistent", False):
+        if in_turn and config.persistent:
             machine = machine_of(self.device)
             room = resident_blocks(config, choice.traits, machine.limits)
             blocks = min(blocks, blocks_at_once(config, machine.num_sms, room))

@@ -89,6 +89,8 @@ class Launcher:
         Args:
             make: makes it, given the arguments.
         """
+        if not self._num_blocks:
+            return
         kernel, min_blocks = make(self._arguments), self._min_blocks
         if SIMULATED:
             self._launch = SimulatedLaunch(kernel, *self._laid_out, min_blocks or 1)

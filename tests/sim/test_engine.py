@@ -25,7 +25,6 @@ from numflash.ptx import (
 )
 from numflash.simulator import SEED, DeadlockError, SimulationError, launch
 from numflash.simulator.engine import current_thread
-from tests.support.covering import thorough
 
 SEEDS = range(5)
 FULL = 0xFFFFFFFF
@@ -354,7 +353,6 @@ def test_threads_that_still_wait_are_ended_when_another_fails():
         assert fails or sorted(ended) == list(range(32))
 
 
-@thorough
 def test_the_engine_works_after_a_failure():
     def broken():
         if cuda.threadIdx.x:
